@@ -1,0 +1,56 @@
+"""`python -m specforge_core STAGE --spec spec.json --out DIR`: run one stage in this process, without Prefect."""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from specforge_core.artifacts import RECORD_NAME, seal
+from specforge_core.stages import SPECS
+
+# Each module has `main(spec, out) -> facts`; imported one at a time, because most bring torch.
+MODULES = {
+    "regenerate": "specforge_core.data.regenerate",
+    "vocabulary": "specforge_core.data.vocab",
+    "capture": "specforge_core.targets.capture",
+    "train": "specforge_core.training.train",
+    "export": "specforge_core.export.sglang",
+    "benchmark": "specforge_core.benchmark.run",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0 once the artifact in `--out` is whole."""
+    parser = argparse.ArgumentParser(prog="python -m specforge_core", description=__doc__)
+    parser.add_argument("stage", choices=sorted(MODULES))
+    parser.add_argument(
+        "--spec", type=Path, required=True, help="JSON of the stage's spec, see specforge_core/stages.py"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="directory of the artifact; an interrupted run goes on there"
+    )
+    args = parser.parse_args(argv)
+    is_first_rank = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(
+        level=logging.INFO if is_first_rank else logging.WARNING,
+        format="%(asctime)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stdout,
+    )
+    spec = SPECS[args.stage].model_validate_json(args.spec.read_text(encoding="utf-8"))
+    key, inputs = spec.key(), spec.inputs()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if (args.out / RECORD_NAME).exists():
+        raise SystemExit(f"{args.out} holds a finished artifact already; name another --out or delete it")
+    started_at = time.monotonic()
+    facts = importlib.import_module(MODULES[args.stage]).main(spec, args.out)
+    if is_first_rank:
+        seal(args.out, facts, stage=args.stage, key=key, inputs=inputs, elapsed_s=time.monotonic() - started_at)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

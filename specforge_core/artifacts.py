@@ -1,0 +1,303 @@
+"""Typed artifact records, and the store that holds them by key. Torch-free.
+
+An artifact is a directory. It is whole once its `artifact.json` is there, which is written last. The store builds each
+artifact under `<root>/<stage>/.building-<key>/`, where an interrupted stage finds its own progress again, and renames it
+to `<root>/<stage>/<key>/`.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, PrivateAttr, computed_field
+
+from specforge_core.manifest import ServingConfig
+
+logger = logging.getLogger(__name__)
+
+RECORD_NAME = "artifact.json"
+SPEC_NAME = "spec.json"
+LOG_NAME = "stage.log"
+METRICS_NAME = "metrics.jsonl"
+# These say how an artifact came to be, not what it is: an upstream rerun with the same bytes must change nothing below.
+NOT_CONTENT = frozenset({RECORD_NAME, SPEC_NAME, LOG_NAME, METRICS_NAME})
+
+
+class Record(BaseModel):
+    """Base of everything that is written to a record file: frozen, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Conversations(Record):
+    """Facts about regenerated conversations. Token counts are in target tokens."""
+
+    num_conversations: int
+    num_tokens: int
+    num_loss_tokens: int
+    """Tokens that the target produced."""
+    num_failed: int
+    """Prompts that gave no usable conversation."""
+    num_cut_off: int
+    """Conversations whose last answer reached the limit of new tokens."""
+    chat_template_sha256: str
+
+
+class Vocabulary(Record):
+    """Facts about a draft vocabulary."""
+
+    draft_vocab_size: int
+    target_vocab_size: int
+    coverage: float
+    """Share of the supervised tokens that are in the draft vocabulary."""
+
+
+class HiddenStates(Record):
+    """Facts about captured features."""
+
+    layers: tuple[int, ...]
+    """Decoder layers whose output was captured, counted from 0, in the order stored."""
+    num_target_layers: int
+    hidden_size: int
+    dtype: str
+    num_documents: int
+    num_tokens: int
+    num_loss_tokens: int
+    num_shards: int
+
+
+class DraftCheckpoint(Record):
+    """Facts about a trained draft. Positions are draft positions, the first one first."""
+
+    algorithm: str
+    step: int
+    tokens_seen: int
+    num_parameters: int
+    eval_loss: float
+    eval_accuracy: tuple[float, ...]
+    """Greedy matches with the target, by position."""
+    eval_acceptance: tuple[float, ...]
+    """Expected acceptance probability, by position."""
+    eval_acceptance_length: float
+    """Tokens per verification step of a speculative loop over held-out conversations."""
+
+
+class ServingDraft(Record):
+    """Facts about an exported draft."""
+
+    architecture: str
+    num_parameters: int
+    max_reload_error: float
+    """Largest difference of logits between the trained and the re-loaded draft; must be 0."""
+
+
+class Environment(Record):
+    """What a measurement ran on."""
+
+    cpu: str
+    num_threads: int
+    gpu: str | None
+    versions: dict[str, str]
+    commit: str | None
+    command: str
+
+
+class Lossless(Record):
+    """Outputs with draft against outputs without, by prompt."""
+
+    num_identical: int
+    num_near_tie: int
+    """First difference at two tokens whose float32 logits are closer than rounding."""
+    num_different: int
+
+
+class Measurement(Record):
+    """One suite at one serving configuration. Sums, and what follows from them."""
+
+    suite: str
+    serving: ServingConfig
+    num_prompts: int
+    num_output_tokens: int
+    num_verify_steps: int
+    accepted_by_position: tuple[int, ...]
+    """Verification steps in which the draft token at this position was accepted."""
+    ngram_acceptance_length: float
+    """The same engine with an n-gram drafter, so that predictable text is not oversold."""
+    baseline_output_tokens_per_s: tuple[float, ...]
+    """Without draft, one value per repeat."""
+    output_tokens_per_s: tuple[float, ...]
+    """With draft, one value per repeat, interleaved with the above."""
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    """Median of the repeats' ratios, and its 95 % interval."""
+    lossless: Lossless | None
+    """None for a sampled run: there the distribution is equal, not the text."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per verification step, the target's own token included; SGLang's `spec_accept_length`."""
+        return self.num_output_tokens / self.num_verify_steps
+
+
+class BenchmarkResult(Record):
+    """What a draft was measured to do."""
+
+    measurements: tuple[Measurement, ...]
+    environment: Environment
+
+
+FactsT = TypeVar("FactsT", bound=Record)
+
+
+class FileRecord(Record):
+    """One file of an artifact."""
+
+    size_bytes: int
+    sha256: str
+
+
+class Artifact(Record, Generic[FactsT]):
+    """A stored artifact: its facts, the digests of its files and of its inputs, and where it lies."""
+
+    stage: str
+    key: str
+    """Digest of everything that the stage read."""
+    content_id: str
+    """Digest of the content files."""
+    inputs: dict[str, str]
+    """Content id by input name."""
+    created_at: datetime
+    elapsed_s: float
+    files: dict[str, FileRecord]
+    facts: FactsT
+    _path: Path = PrivateAttr()
+
+    @property
+    def path(self) -> Path:
+        """The artifact's directory."""
+        return self._path
+
+
+def digest(value: Any) -> str:
+    """The first 20 hexadecimal digits of the sha256 of a JSON value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old or the new content, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def seal(
+    directory: Path, facts: FactsT, *, stage: str, key: str, inputs: dict[str, str], elapsed_s: float
+) -> Artifact[FactsT]:
+    """The artifact made of the files now in `directory`; writes its `artifact.json`."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != RECORD_NAME)
+    files = {
+        path.relative_to(directory).as_posix(): FileRecord(size_bytes=path.stat().st_size, sha256=file_sha256(path))
+        for path in paths
+        # The log and the spec are still written to, or belong to the run.
+        if path.name not in NOT_CONTENT
+    }
+    artifact: Artifact[FactsT] = Artifact[type(facts)](  # type: ignore[misc, operator]
+        stage=stage,
+        key=key,
+        content_id=digest({"facts": facts.model_dump(mode="json"), "files": {n: f.sha256 for n, f in files.items()}}),
+        inputs=inputs,
+        created_at=datetime.now(UTC),
+        elapsed_s=round(elapsed_s, 3),
+        files=files,
+        facts=facts,
+    )
+    write_atomically(directory / RECORD_NAME, artifact.model_dump_json(indent=1) + "\n")
+    artifact._path = directory
+    return artifact
+
+
+def load_artifact(directory: Path, facts_type: type[FactsT]) -> Artifact[FactsT]:
+    """The artifact in `directory`.
+
+    Raises: FileNotFoundError if there is none, pydantic.ValidationError if its record is of another type or version.
+    """
+    text = (directory / RECORD_NAME).read_text(encoding="utf-8")
+    artifact = Artifact[facts_type].model_validate_json(text)  # type: ignore[valid-type]
+    artifact._path = directory
+    return artifact
+
+
+def content_id_of(directory: Path) -> str:
+    """The content id of the artifact in `directory`, whatever its type. Raises: FileNotFoundError."""
+    content_id: str = json.loads((directory / RECORD_NAME).read_text(encoding="utf-8"))["content_id"]
+    return content_id
+
+
+def damaged_files(artifact: Artifact[Any], *, read_content: bool = False) -> list[str]:
+    """Names of files that are gone or of another size; with `read_content` also those of another sha256."""
+    return [
+        name
+        for name, file in artifact.files.items()
+        if not (path := artifact.path / name).is_file()
+        or path.stat().st_size != file.size_bytes
+        or (read_content and file_sha256(path) != file.sha256)
+    ]
+
+
+class Store:
+    """Artifacts by stage and key, on a local file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    def find(self, stage: str, key: str, facts_type: type[FactsT]) -> Artifact[FactsT] | None:
+        """The whole artifact under this key, or None. A damaged one is reported and counts as absent."""
+        directory = self.root / stage / key
+        if not (directory / RECORD_NAME).is_file():
+            return None
+        artifact = load_artifact(directory, facts_type)
+        if damaged := damaged_files(artifact):
+            logger.warning("%s/%s misses or has changed files, so it is built again: %s", stage, key, damaged)
+            return None
+        return artifact
+
+    @contextlib.contextmanager
+    def building(self, stage: str, key: str) -> Iterator[Path]:
+        """The directory to build this artifact in, locked; what an interrupted build left there is still there."""
+        locks = self.root / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with (locks / f"{stage}-{key}").open("w") as lock:
+            # The kernel lets go of the lock when its holder dies.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            directory = self.root / stage / f".building-{key}"
+            directory.mkdir(parents=True, exist_ok=True)
+            yield directory
+
+    def commit(self, building: Path, stage: str, key: str, facts_type: type[FactsT]) -> Artifact[FactsT]:
+        """The sealed artifact in `building`, moved to its place. Call it while the lock is held."""
+        load_artifact(building, facts_type)
+        directory = self.root / stage / key
+        if directory.exists():
+            shutil.rmtree(directory)
+        building.rename(directory)
+        return load_artifact(directory, facts_type)

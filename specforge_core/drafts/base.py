@@ -1,0 +1,93 @@
+"""What a draft algorithm is to the trainer: a batch in, additive sums out.
+
+T tokens of a packed batch, L captured layers, D target width, V target vocabulary, K draft positions.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from specforge_core.manifest import DraftConfig
+
+
+class DraftBatch(NamedTuple):
+    """One packed batch; documents lie one after the other, without padding between them."""
+
+    input_ids_T: Tensor
+    """int64, target vocabulary."""
+    loss_mask_T: Tensor
+    """bool, True where THIS token was produced by the target."""
+    position_ids_T: Tensor
+    """int64, restart at 0 in each document."""
+    document_ids_T: Tensor
+    """int32, ascending; -1 in padding at the end, if there is any."""
+    aux_hidden_TLD: Tensor
+    """Outputs of the captured target layers, in capture order."""
+    last_hidden_TD: Tensor
+    """After the target's final norm: the target head times this is the target's logits."""
+    target_argmax_T: Tensor
+    """int64, the target's own greedy next token."""
+    target_logsumexp_T: Tensor
+    """float32, of the target's logits over its full vocabulary."""
+
+
+class DraftLoss(NamedTuple):
+    """Sums over tokens, to be added over micro-batches and ranks and divided once, where they are shown."""
+
+    loss_sum: Tensor
+    """float32 [], weighted over draft positions."""
+    num_tokens: Tensor
+    """float32 [], the count behind `loss_sum`."""
+    correct_K: Tensor
+    """float32 [K], greedy matches."""
+    accepted_K: Tensor
+    """float32 [K], sum of min(p_target, p_draft)."""
+    valid_K: Tensor
+    """float32 [K], the count behind the two above."""
+
+
+class TargetHead(NamedTuple):
+    """The frozen parts of the target that a draft shares or starts from."""
+
+    embedding_VD: Tensor
+    lm_head_VD: Tensor
+    final_norm_D: Tensor | None
+    """Weight of the norm before the head; None if the target has none of RMSNorm form."""
+
+
+class DraftModel(nn.Module, ABC):
+    """A trainable draft. `forward` computes the loss itself, so that sharding hooks on the root module run."""
+
+    @classmethod
+    @abstractmethod
+    def capture_layers(cls, aux_layers: tuple[int, ...] | None, num_target_layers: int) -> tuple[int, ...]:
+        """Decoder layers whose output is to be captured, counted from 0. Raises: ValueError if one does not exist."""
+
+    @classmethod
+    @abstractmethod
+    def create(
+        cls,
+        config: DraftConfig,
+        target_config: dict[str, Any],
+        head: TargetHead,
+        draft_token_ids: Tensor,
+        capture_layers: tuple[int, ...],
+    ) -> "DraftModel":
+        """A fresh draft.
+
+        Args: target_config: the target's `config.json` (its text part); draft_token_ids: int64 [draft vocabulary],
+        ascending target ids.
+        """
+
+    @abstractmethod
+    def forward(self, batch: DraftBatch) -> DraftLoss:
+        """The training loss of one packed batch, as sums."""
+
+    @abstractmethod
+    def serving_config(self) -> dict[str, Any]:
+        """The `config.json` that SGLang reads."""
+
+    @abstractmethod
+    def serving_state_dict(self) -> dict[str, Tensor]:
+        """The tensors that SGLang loads, under its names."""

@@ -1,0 +1,198 @@
+"""The stages of the factory: what each one reads and returns. Torch-free.
+
+A stage is `python -m specforge_core STAGE --spec spec.json --out DIR`. Its spec names everything it reads; its key is a
+digest of that, so two specs with one key give one artifact. Two marks on a field say what the digest takes: INPUT, the
+content id of the artifact in that directory; EXECUTION, nothing (it says where and how fast, not what).
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel
+
+from specforge_core.artifacts import (
+    BenchmarkResult,
+    Conversations,
+    DraftCheckpoint,
+    HiddenStates,
+    Record,
+    ServingDraft,
+    Vocabulary,
+    content_id_of,
+    digest,
+)
+from specforge_core.manifest import (
+    BenchmarkConfig,
+    Config,
+    DataConfig,
+    DraftConfig,
+    FeaturesConfig,
+    PromptSource,
+    SuiteConfig,
+    TargetConfig,
+    TrainingConfig,
+)
+
+INPUT = "input"
+EXECUTION = "execution"
+InputDirectory = Annotated[Path, INPUT]
+
+
+class ResolvedTarget(TargetConfig):
+    """A target whose content is pinned."""
+
+    model: Annotated[str, EXECUTION]
+    """Hub id, or absolute path."""
+    revision: Annotated[str | None, EXECUTION] = None
+    """Commit of a Hub model."""
+    content_id: str
+    """The commit, or the digest of a local folder's files."""
+
+
+class ResolvedSource(PromptSource):
+    """A prompt source whose content is pinned."""
+
+    dataset: Annotated[str, EXECUTION]
+    """Hub id, absolute path, or `builtin:demo`."""
+    revision: Annotated[str | None, EXECUTION] = None
+    content_id: str
+
+
+class ResolvedData(DataConfig):
+    sources: tuple[ResolvedSource, ...]
+
+
+class ResolvedSuite(SuiteConfig):
+    source: ResolvedSource
+
+
+class ResolvedBenchmark(BenchmarkConfig):
+    suites: tuple[ResolvedSuite, ...]
+
+
+class StageSpec(Config):
+    """Base of the specs. Every field without a mark is part of the key."""
+
+    stage: ClassVar[str]
+    version: ClassVar[int]
+    """Raise it when the stage's code gives another result for the same spec."""
+    facts_type: ClassVar[type[Record]]
+
+    device: Annotated[str, EXECUTION] = "cpu"
+    """`cpu` or `cuda`; which GPU is the environment's to say."""
+
+    def inputs(self) -> dict[str, str]:
+        """Content id by input name. Raises: FileNotFoundError if an input is not a whole artifact."""
+        marked = [name for name, field in type(self).model_fields.items() if INPUT in field.metadata]
+        return {name: content_id_of(getattr(self, name)) for name in marked}
+
+    def key(self) -> str:
+        """The digest of everything that the stage reads."""
+        return digest(
+            {"stage": self.stage, "version": self.version, "config": key_fields(self), "inputs": self.inputs()}
+        )
+
+
+def key_fields(model: BaseModel) -> dict[str, Any]:
+    """The unmarked fields of a spec, nested models included, as JSON values."""
+
+    def value_of(value: Any) -> Any:
+        if isinstance(value, BaseModel):
+            return key_fields(value)
+        if isinstance(value, tuple):
+            return [value_of(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {
+        name: value_of(getattr(model, name))
+        for name, field in type(model).model_fields.items()
+        if INPUT not in field.metadata and EXECUTION not in field.metadata
+    }
+
+
+class RegenerateSpec(StageSpec):
+    """Prompts in, conversations answered by the target out."""
+
+    stage: ClassVar[str] = "regenerate"
+    version: ClassVar[int] = 1
+    facts_type: ClassVar[type[Record]] = Conversations
+
+    target: ResolvedTarget
+    data: ResolvedData
+    batch_size: Annotated[int, EXECUTION] = 64
+
+
+class VocabularySpec(StageSpec):
+    """Conversations in, the draft's vocabulary out."""
+
+    stage: ClassVar[str] = "vocabulary"
+    version: ClassVar[int] = 1
+    facts_type: ClassVar[type[Record]] = Vocabulary
+
+    target: ResolvedTarget
+    conversations: InputDirectory
+    draft_vocab_size: int
+
+
+class CaptureSpec(StageSpec):
+    """Conversations in, hidden states of the target out."""
+
+    stage: ClassVar[str] = "capture"
+    version: ClassVar[int] = 1
+    facts_type: ClassVar[type[Record]] = HiddenStates
+
+    target: ResolvedTarget
+    conversations: InputDirectory
+    algorithm: str
+    """Draft algorithm, which knows the layers that it reads."""
+    aux_layers: tuple[int, ...] | None
+    features: FeaturesConfig
+    max_document_tokens: int
+    batch_tokens: Annotated[int, EXECUTION] = 8192
+
+
+class TrainSpec(StageSpec):
+    """Hidden states in, a draft checkpoint out."""
+
+    stage: ClassVar[str] = "train"
+    version: ClassVar[int] = 1
+    facts_type: ClassVar[type[Record]] = DraftCheckpoint
+
+    target: ResolvedTarget
+    hidden_states: InputDirectory
+    vocabulary: InputDirectory
+    draft: DraftConfig
+    training: TrainingConfig
+    num_processes: Annotated[int, EXECUTION] = 1
+
+
+class ExportSpec(StageSpec):
+    """A draft checkpoint in, a folder that SGLang serves out."""
+
+    stage: ClassVar[str] = "export"
+    version: ClassVar[int] = 1
+    facts_type: ClassVar[type[Record]] = ServingDraft
+
+    target: ResolvedTarget
+    checkpoint: InputDirectory
+
+
+class BenchmarkSpec(StageSpec):
+    """A served draft in, measurements out."""
+
+    stage: ClassVar[str] = "benchmark"
+    version: ClassVar[int] = 1
+    facts_type: ClassVar[type[Record]] = BenchmarkResult
+
+    target: ResolvedTarget
+    draft: InputDirectory
+    conversations: InputDirectory
+    """The n-gram drafter learns from these."""
+    benchmark: ResolvedBenchmark
+    hardware: str
+    """Name of the processor or GPU: a number measured on one says nothing about another."""
+
+
+SPECS: dict[str, type[StageSpec]] = {
+    spec.stage: spec for spec in (RegenerateSpec, VocabularySpec, CaptureSpec, TrainSpec, ExportSpec, BenchmarkSpec)
+}

@@ -1,0 +1,65 @@
+"""What a target model is to the factory: something that generates, and something whose hidden states can be captured.
+
+"Layer i" always means the OUTPUT of decoder layer i, counted from 0: the residual stream after that layer, before any
+later norm. T tokens of one document, L captured layers, D target width.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+
+
+class Sampling(NamedTuple):
+    """How tokens are chosen. temperature 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    """With the request's id it seeds that request's own stream, so a result does not depend on its batch."""
+
+
+class GenerationRequest(NamedTuple):
+    """A prompt as token ids, with an id that the completion carries too."""
+
+    id: str
+    input_ids: Sequence[int]
+
+
+class Completion(NamedTuple):
+    """What the target answered: new tokens only, its end-of-turn token included when it stopped by itself."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+class TargetFeatures(NamedTuple):
+    """What training reads of one document."""
+
+    aux_hidden_TLD: Tensor
+    last_hidden_TD: Tensor
+    """After the final norm."""
+    argmax_T: Tensor
+    """int32, greedy next token over the full vocabulary."""
+    logsumexp_T: Tensor
+    """float32, of the logits over the full vocabulary."""
+
+
+class TargetBackend(Protocol):
+    """A target in this process (`hf.py`), or behind a server."""
+
+    def generate(
+        self, requests: Iterable[GenerationRequest], sampling: Sampling, *, batch_size: int
+    ) -> Iterator[Completion]:
+        """Completions in the order in which they finish."""
+        ...
+
+    def capture(
+        self, documents: Iterable[Tensor], layers: tuple[int, ...], *, batch_tokens: int
+    ) -> Iterator[TargetFeatures]:
+        """Features of each document (int64 [T] on the CPU), in order, on the CPU."""
+        ...
