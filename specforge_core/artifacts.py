@@ -1,7 +1,7 @@
 """Typed artifact records, and the store that holds them by key. Torch-free.
 
-An artifact is a directory. It is whole once its `artifact.json` is there, which is written last. The store builds each
-artifact under `<root>/<stage>/.building-<key>/`, where an interrupted stage finds its own progress again, and renames it
+An artifact is a directory, whole once its `artifact.json` is there, which is written last. The store builds each
+artifact under `<root>/<stage>/.building-<key>/`, where an interrupted stage finds its progress again, and renames it
 to `<root>/<stage>/<key>/`.
 """
 

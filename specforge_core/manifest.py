@@ -24,7 +24,7 @@ class TargetConfig(Config):
     model: str = Field(min_length=1)
     """Hub id (`org/name`), or a path, which is relative to the manifest's folder."""
     revision: str | None = None
-    """Commit of a Hub model. A branch is resolved once per build, with a warning; `specbundle pin` writes the commit."""
+    """Commit of a Hub model. A branch is resolved once a build, with a warning; `specbundle pin` writes the commit."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     trust_remote_code: bool = False
 
