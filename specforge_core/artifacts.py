@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, computed_field
 
@@ -159,6 +159,36 @@ class BenchmarkResult(Record):
 FactsT = TypeVar("FactsT", bound=Record)
 
 
+class GateFailure(Record):
+    """One threshold of the manifest that a draft did not reach."""
+
+    gate: str
+    """Field of `gates` in the manifest, or `speedup_is_possible`, which every measurement must pass."""
+    suite: str | None
+    """None if the gate is about the draft as a whole."""
+    measured: float | None
+    """None if nothing measured it."""
+    required: float
+    message: str
+    """Both values, where they were measured, and what to try."""
+
+
+class Published(Record):
+    """A draft that passed its gates, and where it lies."""
+
+    path: Path
+    content_id: str
+    """Digest of the repository's files."""
+    changed: bool
+    """False if exactly these files were there already."""
+
+
+class Rejected(Record):
+    """A draft that did not pass its gates."""
+
+    failures: tuple[GateFailure, ...]
+
+
 class FileRecord(Record):
     """One file of an artifact."""
 
@@ -186,6 +216,17 @@ class Artifact(Record, Generic[FactsT]):
     def path(self) -> Path:
         """The artifact's directory."""
         return self._path
+
+
+class BuildArtifacts(NamedTuple):
+    """What the stages of one build left, in their order."""
+
+    conversations: Artifact[Conversations]
+    vocabulary: Artifact[Vocabulary]
+    hidden_states: Artifact[HiddenStates]
+    checkpoint: Artifact[DraftCheckpoint]
+    draft: Artifact[ServingDraft]
+    benchmark: Artifact[BenchmarkResult]
 
 
 def digest(value: Any) -> str:
