@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, computed_field
+from pydantic import BaseModel, ConfigDict, PrivateAttr, computed_field, model_validator
 
 from specforge_core.manifest import ServingConfig
 
@@ -141,6 +141,12 @@ class Measurement(Record):
     """Median of the repeats' ratios, and its 95 % interval."""
     lossless: Lossless | None
     """None for a sampled run: there the distribution is equal, not the text."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_derived(cls, values: Any) -> Any:
+        # Files carry it for their readers; here it follows from the sums.
+        return {k: v for k, v in values.items() if k != "acceptance_length"} if isinstance(values, dict) else values
 
     @computed_field  # type: ignore[prop-decorator]
     @property
