@@ -1,0 +1,248 @@
+"""A target in this process: any `transformers` causal language model, on CPU or on one GPU.
+
+B rows of a padded batch, T tokens of one document, N real tokens of a batch, L captured layers, D target width,
+V target vocabulary.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from specforge_core.stages import ResolvedTarget
+from specforge_core.targets import Completion, GenerationRequest, Sampling, TargetFeatures
+
+if TYPE_CHECKING:
+    from specforge_core.drafts.base import TargetHead
+
+logger = logging.getLogger(__name__)
+
+WINDOW_BATCHES = 8
+"""Documents are sorted by length within so many batches: little padding, and results wait in memory no longer."""
+LOGIT_CHUNK_ELEMENTS = 2**26
+"""Logits that exist at once while they are reduced: 256 MiB in float32."""
+PROBE_TOKENS = 4
+
+
+class HFTarget:
+    """A loaded target. Weights come from safetensors only, never from a pickle."""
+
+    def __init__(self, target: ResolvedTarget, *, device: str) -> None:
+        origin = {"revision": target.revision or "main", "trust_remote_code": target.trust_remote_code}
+        self.device = torch.device(device)
+        self.tokenizer = AutoTokenizer.from_pretrained(target.model, **origin)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            target.model, dtype=getattr(torch, target.dtype), use_safetensors=True, **origin
+        )
+        self.model.to(self.device).eval().requires_grad_(False)
+        self.config = self.model.config.get_text_config()
+        logger.info("loaded %s on %s in %s", target.model, self.device, target.dtype)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        num_layers: int = self.config.num_hidden_layers
+        return num_layers
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end an answer, by the generation config and by the tokenizer."""
+        configured = self.model.generation_config.eos_token_id
+        listed = configured if isinstance(configured, list) else [configured]
+        return frozenset(token for token in [*listed, self.tokenizer.eos_token_id] if token is not None)
+
+    @cached_property
+    def decoder(self) -> nn.Module:
+        """The model without its head: token ids in, the last hidden state after the final norm out."""
+        decoder: nn.Module = self.model.get_decoder()
+        return decoder
+
+    def decoder_layers(self) -> nn.ModuleList:
+        """The decoder's layers in order. Raises: ValueError if no list of modules has the right length."""
+        lists = {name: module for name, module in self.decoder.named_modules() if isinstance(module, nn.ModuleList)}
+        for layers in lists.values():
+            if len(layers) == self.num_layers:
+                return layers
+        found = {name: len(layers) for name, layers in lists.items()}
+        raise ValueError(
+            f"{type(self.model).__name__}: no list of {self.num_layers} decoder layers below its "
+            f"get_decoder(), a {type(self.decoder).__name__} with the module lists {found}; "
+            "this architecture needs a case in HFTarget.decoder_layers"
+        )
+
+    def final_norm(self) -> nn.Module | None:
+        """The norm after the last layer, or None if the decoder has none of its own."""
+        norms = [module for module in self.decoder.children() if "norm" in type(module).__name__.lower()]
+        # A norm of the embeddings, where there is one, is registered before the final one.
+        return norms[-1] if norms else None
+
+    @cached_property
+    def lm_head(self) -> nn.Linear:
+        """The head, checked: its input is the decoder's output and its output are the logits.
+
+        Raises: ValueError for a model that has a bias in its head, or that scales or caps around it. A draft sees
+        last hidden states and the head's weight only, so it would learn another distribution than the target's.
+        """
+        head = self.model.get_output_embeddings()
+        name = type(self.model).__name__
+        if not isinstance(head, nn.Linear) or head.bias is not None:
+            raise ValueError(f"{name}: the head must be a linear layer without bias, it is {head}")
+        seen: dict[str, Tensor] = {}
+        # Wide enough that any soft cap bends it.
+        replacement = torch.linspace(-1000.0, 1000.0, head.out_features, device=self.device, dtype=head.weight.dtype)
+
+        def watch_head(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            seen["head input"] = inputs[0]
+            return replacement.expand_as(output).clone()
+
+        def watch_decoder(module: nn.Module, inputs: Any, output: Any) -> None:
+            seen["decoder output"] = output[0]
+
+        hooks = [head.register_forward_hook(watch_head), self.decoder.register_forward_hook(watch_decoder)]
+        try:
+            with torch.inference_mode():
+                probe = torch.arange(PROBE_TOKENS, device=self.device)[None]
+                logits = self.model(input_ids=probe, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not torch.equal(seen["head input"], seen["decoder output"]):
+            raise ValueError(f"{name} changes the last hidden state before its head (a scale?): drafts cannot do that")
+        if not torch.equal(logits, replacement.expand_as(logits).to(logits.dtype)):
+            raise ValueError(
+                f"{name} changes its logits after its head (a scale or a soft cap?): drafts cannot do that"
+            )
+        return head
+
+    def generate(
+        self, requests: Iterable[GenerationRequest], sampling: Sampling, *, batch_size: int
+    ) -> Iterator[Completion]:
+        """Completions in the order in which they finish."""
+        from specforge_core.decoding.speculative import generate
+
+        for generation in generate(self, requests, sampling, batch_size=batch_size):
+            yield generation.completion
+
+    def capture(
+        self, documents: Iterable[Tensor], layers: tuple[int, ...], *, batch_tokens: int
+    ) -> Iterator[TargetFeatures]:
+        """Features of each document, in order, on the CPU, hidden states in the target's dtype.
+
+        Args: documents: token ids [T], each at least one; layers: decoder layers, see `specforge_core.targets`;
+        batch_tokens: size of a padded batch; a longer document is a batch of its own.
+        Raises: ValueError for a layer that does not exist, or a head that `lm_head` refuses.
+        """
+        if unknown := [layer for layer in layers if not 0 <= layer < self.num_layers]:
+            raise ValueError(f"layers {unknown} do not exist: the target has layers 0 to {self.num_layers - 1}")
+        for window in _windows(documents, WINDOW_BATCHES * batch_tokens):
+            features: dict[int, TargetFeatures] = {}
+            for batch in _length_buckets([len(document) for document in window], batch_tokens):
+                captured = self._capture_batch([window[i] for i in batch], layers)
+                features.update(zip(batch, captured, strict=True))
+            yield from (features[i] for i in range(len(window)))
+
+    @torch.inference_mode()
+    def _capture_batch(self, documents: list[Tensor], layers: tuple[int, ...]) -> list[TargetFeatures]:
+        # Padding on the right: in a causal model no real token can see it, and positions count from 0.
+        input_ids_BT = pad_sequence([document.long() for document in documents], batch_first=True).to(self.device)
+        lengths_B = torch.tensor([len(document) for document in documents], device=self.device)
+        is_real_BT = torch.arange(input_ids_BT.shape[1], device=self.device) < lengths_B[:, None]
+        hidden_by_layer: dict[int, Tensor] = {}
+        modules = self.decoder_layers()
+        hooks = [modules[layer].register_forward_hook(_keep_output(hidden_by_layer, layer)) for layer in layers]
+        try:
+            output = self.decoder(input_ids=input_ids_BT, attention_mask=is_real_BT.long(), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        last_hidden_ND = output.last_hidden_state[is_real_BT]
+        aux_hidden_NLD = torch.stack([hidden_by_layer[layer][is_real_BT] for layer in layers], dim=1)
+        argmax_N, logsumexp_N = greedy_and_normalizer(last_hidden_ND, self.lm_head.weight)
+        parts = (
+            tensor.cpu().split(lengths_B.tolist()) for tensor in (aux_hidden_NLD, last_hidden_ND, argmax_N, logsumexp_N)
+        )
+        return [TargetFeatures(*columns) for columns in zip(*parts, strict=True)]
+
+    def load_target_head(self) -> "TargetHead":
+        """The target's embedding, head and final norm, in its dtype, on the CPU; a tied pair stays one tensor."""
+        from specforge_core.drafts.base import TargetHead
+
+        embedding_VD = self.model.get_input_embeddings().weight.detach().cpu()
+        is_tied = self.lm_head.weight is self.model.get_input_embeddings().weight
+        lm_head_VD = embedding_VD if is_tied else self.lm_head.weight.detach().cpu()
+        return TargetHead(embedding_VD, lm_head_VD, self._final_norm_weight())
+
+    def _final_norm_weight(self) -> Tensor | None:
+        """[D], the factor that the final norm applies, measured: some models store it minus 1. None if not RMSNorm."""
+        norm = self.final_norm()
+        if norm is None:
+            return None
+        dtype = self.lm_head.weight.dtype
+        generator = torch.Generator().manual_seed(0)
+        sample_D = torch.randn(self.lm_head.in_features, generator=generator).to(self.device, dtype) * 2**7
+        with torch.no_grad():
+            # Epsilon vanishes beside the square of a power of two this large, and the norm of a constant row is exact.
+            weight_D = norm(torch.full_like(sample_D, 2.0**7))
+            expected_D = sample_D.float() * sample_D.float().square().mean().rsqrt() * weight_D.float()
+            is_rms_norm = torch.allclose(norm(sample_D).float(), expected_D, rtol=4 * torch.finfo(dtype).eps, atol=1e-4)
+        return weight_D.cpu() if is_rms_norm else None
+
+
+def greedy_and_normalizer(last_hidden_ND: Tensor, lm_head_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """The greedy token (int32 [N]) and the log-sum-exp of the logits (float32 [N]), over the whole vocabulary.
+
+    Logits are float32 sums of products of the given values, and exist for a chunk of rows at a time.
+    """
+    chunk_rows = max(1, LOGIT_CHUNK_ELEMENTS // len(lm_head_VD))
+    argmaxes, normalizers = [], []
+    for chunk_CD in last_hidden_ND.split(chunk_rows):
+        logits_CV = float32_logits(chunk_CD, lm_head_VD)
+        argmaxes.append(logits_CV.argmax(dim=-1).int())
+        normalizers.append(logits_CV.logsumexp(dim=-1))
+    return torch.cat(argmaxes), torch.cat(normalizers)
+
+
+def float32_logits(hidden_ND: Tensor, lm_head_VD: Tensor) -> Tensor:
+    """float32 [N, V]: products of the given values, summed and kept in float32."""
+    if hidden_ND.dtype != torch.float32 and hidden_ND.is_cuda:
+        return torch.mm(hidden_ND, lm_head_VD.T, out_dtype=torch.float32)
+    return hidden_ND.float() @ lm_head_VD.float().T
+
+
+def _keep_output(outputs: dict[int, Tensor], layer: int) -> Callable[[nn.Module, Any, Any], None]:
+    """A forward hook that puts the layer's hidden states into `outputs`."""
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs[layer] = output[0] if isinstance(output, tuple) else output
+
+    return keep
+
+
+def _windows(documents: Iterable[Tensor], num_tokens: int) -> Iterator[list[Tensor]]:
+    """The documents in order, in lists that hold just `num_tokens` or more; the last one may hold less."""
+    window: list[Tensor] = []
+    held_tokens = 0
+    for document in documents:
+        window.append(document)
+        held_tokens += len(document)
+        if held_tokens >= num_tokens:
+            yield window
+            window, held_tokens = [], 0
+    if window:
+        yield window
+
+
+def _length_buckets(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    """All indices, longest first, in batches of at most `batch_tokens` when padded to their longest."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
