@@ -1,0 +1,1 @@
+"""From a training checkpoint to the folder that a server loads, and the checks that it is what the server expects."""
