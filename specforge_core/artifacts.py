@@ -2,23 +2,24 @@
 
 An artifact is a directory, whole once its `artifact.json` is there, which is written last. The store builds each
 artifact under `<root>/<stage>/.building-<key>/`, where an interrupted stage finds its progress again, and renames it
-to `<root>/<stage>/<key>/`.
+to `<root>/<stage>/<key>/`. Two builds with one key never run at once.
 """
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, computed_field, model_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, computed_field, model_validator
 
+from specforge_core.digests import digest, file_sha256, files_sha256
 from specforge_core.manifest import ServingConfig
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ LOG_NAME = "stage.log"
 METRICS_NAME = "metrics.jsonl"
 # These say how an artifact came to be, not what it is: an upstream rerun with the same bytes must change nothing below.
 NOT_CONTENT = frozenset({RECORD_NAME, SPEC_NAME, LOG_NAME, METRICS_NAME})
+PARTIAL_SUFFIX = ".partial"
 
 
 class Record(BaseModel):
@@ -195,6 +197,10 @@ class Rejected(Record):
     failures: tuple[GateFailure, ...]
 
 
+class Withheld(Record):
+    """A draft that passed its gates in a build that publishes nothing."""
+
+
 class FileRecord(Record):
     """One file of an artifact."""
 
@@ -235,38 +241,34 @@ class BuildArtifacts(NamedTuple):
     benchmark: Artifact[BenchmarkResult]
 
 
-def digest(value: Any) -> str:
-    """The first 20 hexadecimal digits of the sha256 of a JSON value."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old or the new content, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    # One name per writer: two of them may write the same content at once.
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL_SUFFIX}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def seal(
     directory: Path, facts: FactsT, *, stage: str, key: str, inputs: dict[str, str], elapsed_s: float
 ) -> Artifact[FactsT]:
     """The artifact made of the files now in `directory`; writes its `artifact.json`."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != RECORD_NAME)
+    for leftover in directory.rglob(f".*{PARTIAL_SUFFIX}"):
+        # From a writer that was killed; as content it would change what depends on this artifact.
+        leftover.unlink()
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    by_name = {path.relative_to(directory).as_posix(): path for path in paths}
+    content = {name: path for name, path in by_name.items() if name not in NOT_CONTENT}
+    hashes = files_sha256(list(content.values()), desc=f"sealing {stage}")
     files = {
-        path.relative_to(directory).as_posix(): FileRecord(size_bytes=path.stat().st_size, sha256=file_sha256(path))
-        for path in paths
-        # The log and the spec are still written to, or belong to the run.
-        if path.name not in NOT_CONTENT
+        name: FileRecord(size_bytes=path.stat().st_size, sha256=sha256)
+        for (name, path), sha256 in zip(content.items(), hashes, strict=True)
     }
     artifact: Artifact[FactsT] = Artifact[type(facts)](  # type: ignore[misc, operator]
         stage=stage,
@@ -288,8 +290,8 @@ def load_artifact(directory: Path, facts_type: type[FactsT]) -> Artifact[FactsT]
 
     Raises: FileNotFoundError if there is none, pydantic.ValidationError if its record is of another type or version.
     """
-    text = (directory / RECORD_NAME).read_text(encoding="utf-8")
-    artifact = Artifact[facts_type].model_validate_json(text)  # type: ignore[valid-type]
+    record = (directory / RECORD_NAME).read_bytes()
+    artifact = Artifact[facts_type].model_validate_json(record)  # type: ignore[valid-type]
     artifact._path = directory
     return artifact
 
@@ -311,6 +313,15 @@ def damaged_files(artifact: Artifact[Any], *, read_content: bool = False) -> lis
     ]
 
 
+class Building(NamedTuple):
+    """An artifact that is being built by this process alone."""
+
+    directory: Path
+    """What an interrupted build left here is still here."""
+    lock_fd: int
+    """Hand it to child processes that build: then the lock outlives this process as long as they do."""
+
+
 class Store:
     """Artifacts by stage and key, on a local file system."""
 
@@ -320,31 +331,52 @@ class Store:
     def find(self, stage: str, key: str, facts_type: type[FactsT]) -> Artifact[FactsT] | None:
         """The whole artifact under this key, or None. A damaged one is reported and counts as absent."""
         directory = self.root / stage / key
-        if not (directory / RECORD_NAME).is_file():
+        try:
+            artifact = load_artifact(directory, facts_type)
+        except FileNotFoundError:
             return None
-        artifact = load_artifact(directory, facts_type)
+        except ValidationError as error:
+            logger.warning("%s has an unreadable %s, so it is built again: %s", directory, RECORD_NAME, error)
+            return None
         if damaged := damaged_files(artifact):
-            logger.warning("%s/%s misses or has changed files, so it is built again: %s", stage, key, damaged)
+            logger.warning(
+                "%s misses or has changed %d of %d files, so it is built again; the first one is %s",
+                directory,
+                len(damaged),
+                len(artifact.files),
+                damaged[0],
+            )
             return None
         return artifact
 
     @contextlib.contextmanager
-    def building(self, stage: str, key: str) -> Iterator[Path]:
-        """The directory to build this artifact in, locked; what an interrupted build left there is still there."""
+    def building(self, stage: str, key: str) -> Iterator[Building]:
+        """Where to build this artifact, locked. Waits while another process builds it, so ask `find` again inside."""
         locks = self.root / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
         with (locks / f"{stage}-{key}").open("w") as lock:
-            # The kernel lets go of the lock when its holder dies.
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            # The kernel lets go of the lock when its last holder dies.
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("another process builds %s/%s; waiting for it", stage, key)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             directory = self.root / stage / f".building-{key}"
+            if (directory / RECORD_NAME).is_file():
+                # Its builder was killed after the last file and before the move.
+                self._move(directory, stage, key)
             directory.mkdir(parents=True, exist_ok=True)
-            yield directory
+            yield Building(directory, lock.fileno())
 
-    def commit(self, building: Path, stage: str, key: str, facts_type: type[FactsT]) -> Artifact[FactsT]:
-        """The sealed artifact in `building`, moved to its place. Call it while the lock is held."""
-        load_artifact(building, facts_type)
-        directory = self.root / stage / key
-        if directory.exists():
-            shutil.rmtree(directory)
-        building.rename(directory)
-        return load_artifact(directory, facts_type)
+    def commit(self, directory: Path, stage: str, key: str, facts_type: type[FactsT]) -> Artifact[FactsT]:
+        """The sealed artifact in a building directory, moved to its place. Call it while the lock is held."""
+        artifact = load_artifact(directory, facts_type)
+        assert (artifact.stage, artifact.key) == (stage, key), f"{directory} was sealed as {artifact.key}, not {key}"
+        return load_artifact(self._move(directory, stage, key), facts_type)
+
+    def _move(self, directory: Path, stage: str, key: str) -> Path:
+        place = self.root / stage / key
+        if place.exists():
+            # Only a damaged artifact is built again.
+            shutil.rmtree(place)
+        return directory.rename(place)
