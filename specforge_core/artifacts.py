@@ -31,6 +31,8 @@ METRICS_NAME = "metrics.jsonl"
 # These say how an artifact came to be, not what it is: an upstream rerun with the same bytes must change nothing below.
 NOT_CONTENT = frozenset({RECORD_NAME, SPEC_NAME, LOG_NAME, METRICS_NAME})
 PARTIAL_SUFFIX = ".partial"
+PROGRESS_DIRECTORY = "progress"
+"""What an interrupted stage goes on from, inside its artifact: no content, and gone once the record is written."""
 
 
 class Record(BaseModel):
@@ -264,7 +266,11 @@ def seal(
         leftover.unlink()
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     by_name = {path.relative_to(directory).as_posix(): path for path in paths}
-    content = {name: path for name, path in by_name.items() if name not in NOT_CONTENT}
+    content = {
+        name: path
+        for name, path in by_name.items()
+        if name not in NOT_CONTENT and not name.startswith(f"{PROGRESS_DIRECTORY}/")
+    }
     hashes = files_sha256(list(content.values()), desc=f"sealing {stage}")
     files = {
         name: FileRecord(size_bytes=path.stat().st_size, sha256=sha256)
@@ -281,6 +287,8 @@ def seal(
         facts=facts,
     )
     write_atomically(directory / RECORD_NAME, artifact.model_dump_json(indent=1) + "\n")
+    # Only now: hashing may take minutes, and a kill until then must cost no more than that.
+    shutil.rmtree(directory / PROGRESS_DIRECTORY, ignore_errors=True)
     artifact._path = directory
     return artifact
 
