@@ -22,6 +22,8 @@ FIXED_FIELDS: dict[str, Any] = {
     "architectures": ["LlamaForCausalLMEagle3"],
     "model_type": "llama",
     "num_hidden_layers": 1,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
     "norm_before_residual": False,
     "tie_word_embeddings": False,
 }
@@ -168,8 +170,9 @@ def _aux_layer_errors(config: dict[str, Any], num_target_layers: int) -> list[st
         errors.append(f"{CONFIG_NAME}: eagle_config.use_aux_hidden_state must be true")
     if not isinstance(ids, list) or len(ids) != NUM_AUX_LAYERS or ids != sorted(set(ids)):
         errors.append(f"{name} is {ids!r}, must be {NUM_AUX_LAYERS} ascending layers")
-    elif not 0 <= ids[0] <= ids[-1] < num_target_layers:
-        errors.append(f"{name} is {ids}, but the target's layers are 0 to {num_target_layers - 1}")
+    # The output of the last layer is the input of none.
+    elif not 0 <= ids[0] <= ids[-1] <= num_target_layers - 2:
+        errors.append(f"{name} is {ids}, but the server reaches the outputs of layers 0 to {num_target_layers - 2}")
     return errors
 
 

@@ -1,0 +1,119 @@
+"""Stage `export`: the folder that SGLang serves, from a training checkpoint, shown to compute the same logits.
+
+T tokens of the fixture, L captured layers, D draft width, V target vocabulary, W draft vocabulary, S draft steps.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from specforge_core.artifacts import ServingDraft, write_atomically
+from specforge_core.drafts.eagle3 import NUM_AUX_LAYERS, Eagle3Draft, attend
+from specforge_core.export.verify import CONFIG_NAME, WEIGHTS_NAME, check_serving_folder
+from specforge_core.stages import ExportSpec, ResolvedTarget
+
+logger = logging.getLogger(__name__)
+
+# What the training stage leaves in its artifact: serving names, float32 values.
+CHECKPOINT_WEIGHTS_NAME = "draft.safetensors"
+CHECKPOINT_CONFIG_NAME = "draft_config.json"
+
+SERVING_DTYPE = torch.bfloat16
+FIXTURE_TOKENS = 16
+# More than one, so that the recurrence between draft steps (`norm_output`) takes part.
+FIXTURE_STEPS = 3
+FIXTURE_SEED = 0
+
+
+def main(spec: ExportSpec, out: Path) -> ServingDraft:
+    """Facts about the folder written: `model.safetensors` and `config.json`.
+
+    The target's embedding is left out: the server shares the target's own.
+    Raises: ValueError if the trained draft is not one that SGLang would serve as trained.
+    """
+    config = json.loads((spec.checkpoint / CHECKPOINT_CONFIG_NAME).read_text(encoding="utf-8"))
+    trained = serving_tensors(load_file(spec.checkpoint / CHECKPOINT_WEIGHTS_NAME))
+    write_atomically(out / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_file(trained, out / WEIGHTS_NAME, metadata={"format": "pt"})
+    check_serving_folder(out, load_target_config(spec.target))
+    error = reload_error(out, config, trained)
+    num_parameters = sum(tensor.numel() for tensor in trained.values() if tensor.dtype == SERVING_DTYPE)
+    logger.info("exported %d parameters to %s, reload error %g", num_parameters, out, error)
+    return ServingDraft(architecture=config["architectures"][0], num_parameters=num_parameters, max_reload_error=error)
+
+
+def serving_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as they are served: weights in bfloat16, vocabulary maps unchanged.
+
+    Raises: ValueError that names a tensor with a value that is not finite.
+    """
+    served = {
+        name: tensor.to(SERVING_DTYPE) if tensor.is_floating_point() else tensor for name, tensor in state_dict.items()
+    }
+    for name, tensor in served.items():
+        if tensor.is_floating_point() and not (is_finite := tensor.isfinite()).all():
+            raise ValueError(
+                f"{name} has {int((~is_finite).sum())} values of {tensor.numel()} that are not finite in "
+                f"{SERVING_DTYPE}: training diverged; lower training.learning_rate or training.max_grad_norm"
+            )
+    return served
+
+
+def load_target_config(target: ResolvedTarget) -> dict[str, Any]:
+    """The text part of the target's `config.json`."""
+    config = AutoConfig.from_pretrained(
+        target.model, revision=target.revision or "main", trust_remote_code=target.trust_remote_code
+    )
+    text_config: dict[str, Any] = config.get_text_config().to_dict()
+    return text_config
+
+
+def reload_error(folder: Path, config: dict[str, Any], trained: dict[str, Tensor]) -> float:
+    """The largest difference of logits between the trained draft and the one read back from `folder`, which is 0.
+
+    Raises: ValueError that names the tensor, or says by how much the logits differ.
+    """
+    reloaded = load_file(folder / WEIGHTS_NAME)
+    reloaded_config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    for name, tensor in trained.items():
+        if not torch.equal(tensor, reloaded[name]):
+            raise ValueError(f"{name} in {folder / WEIGHTS_NAME} differs from the trained tensor; export it again")
+    generator = torch.Generator().manual_seed(FIXTURE_SEED)
+    # Any embedding serves: both drafts get the same one.
+    embedding_VD = torch.randn(config["vocab_size"], config["hidden_size"], generator=generator, dtype=SERVING_DTYPE)
+    logits_STW = fixture_logits(Eagle3Draft.from_serving(config, trained, embedding_VD))
+    reloaded_logits_STW = fixture_logits(Eagle3Draft.from_serving(reloaded_config, reloaded, embedding_VD))
+    error = float((logits_STW - reloaded_logits_STW).abs().max())
+    # Not "error > 0": a NaN must fail too.
+    if not error == 0.0:
+        raise ValueError(
+            f"the draft in {folder} has the trained tensors, but its logits differ by {error}: "
+            f"its {CONFIG_NAME} describes another model than {CHECKPOINT_CONFIG_NAME} of the checkpoint"
+        )
+    return error
+
+
+@torch.inference_mode()
+def fixture_logits(draft: Eagle3Draft) -> Tensor:
+    """Logits [S, T, W] of some draft steps from every slot of one random document, the same for the same shapes."""
+    vocab_size, width = draft.embed_tokens.shape
+    generator = torch.Generator().manual_seed(FIXTURE_SEED)
+    input_ids_T = torch.randint(vocab_size, (FIXTURE_TOKENS + FIXTURE_STEPS,), generator=generator)
+    hidden_TD = draft.fuse(torch.randn(FIXTURE_TOKENS, NUM_AUX_LAYERS, width, generator=generator))
+    position_ids_T = torch.arange(FIXTURE_TOKENS)
+    keys, values, logits = [], [], []
+    for step in range(FIXTURE_STEPS):
+        embedding_TD = draft.embed(input_ids_T[step + 1 : step + 1 + FIXTURE_TOKENS])
+        qkv = draft.layer.project_qkv(embedding_TD, hidden_TD, position_ids_T + step)
+        keys.append(qkv.key_TMC)
+        values.append(qkv.value_TMC)
+        hidden_TD = draft.layer.finish(hidden_TD, attend(qkv.query_TNC, keys, values, [FIXTURE_TOKENS]))
+        logits.append(draft.logits(hidden_TD))
+        hidden_TD = draft.recurrent(hidden_TD)
+    return torch.stack(logits)
