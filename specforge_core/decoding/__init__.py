@@ -1,0 +1,1 @@
+"""Speculative decoding in this process, for evaluation without a server."""
