@@ -7,18 +7,16 @@ V target vocabulary.
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from specforge_core.drafts.base import TargetHead
 from specforge_core.stages import ResolvedTarget
 from specforge_core.targets import Completion, GenerationRequest, Sampling, TargetFeatures
-
-if TYPE_CHECKING:
-    from specforge_core.drafts.base import TargetHead
 
 logger = logging.getLogger(__name__)
 
@@ -59,20 +57,24 @@ class HFTarget:
     @cached_property
     def decoder(self) -> nn.Module:
         """The model without its head: token ids in, the last hidden state after the final norm out."""
-        decoder: nn.Module = self.model.get_decoder()
-        return decoder
+        searched: nn.Module = self.model.get_decoder()
+        lists = {name: module for name, module in searched.named_modules() if isinstance(module, nn.ModuleList)}
+        for name, layers in lists.items():
+            if len(layers) == self.num_layers:
+                # Not `searched` itself: for some architectures that still has the head.
+                return searched.get_submodule(name.rpartition(".")[0])
+        found = {name: len(layers) for name, layers in lists.items()}
+        raise ValueError(
+            f"{type(self.model).__name__}: no list of {self.num_layers} decoder layers in its get_decoder(), a "
+            f"{type(searched).__name__} with module lists {found}; it needs a case of its own in HFTarget.decoder"
+        )
 
     def decoder_layers(self) -> nn.ModuleList:
         """The decoder's layers in order. Raises: ValueError if no list of modules has the right length."""
-        lists = {name: module for name, module in self.decoder.named_modules() if isinstance(module, nn.ModuleList)}
-        for layers in lists.values():
-            if len(layers) == self.num_layers:
-                return layers
-        found = {name: len(layers) for name, layers in lists.items()}
-        raise ValueError(
-            f"{type(self.model).__name__}: no list of {self.num_layers} decoder layers below its "
-            f"get_decoder(), a {type(self.decoder).__name__} with the module lists {found}; "
-            "this architecture needs a case in HFTarget.decoder_layers"
+        return next(
+            module
+            for module in self.decoder.children()
+            if isinstance(module, nn.ModuleList) and len(module) == self.num_layers
         )
 
     def final_norm(self) -> nn.Module | None:
@@ -154,24 +156,24 @@ class HFTarget:
         is_real_BT = torch.arange(input_ids_BT.shape[1], device=self.device) < lengths_B[:, None]
         hidden_by_layer: dict[int, Tensor] = {}
         modules = self.decoder_layers()
-        hooks = [modules[layer].register_forward_hook(_keep_output(hidden_by_layer, layer)) for layer in layers]
+        hooks = [
+            modules[layer].register_forward_hook(_keep_rows(hidden_by_layer, layer, is_real_BT)) for layer in layers
+        ]
         try:
             output = self.decoder(input_ids=input_ids_BT, attention_mask=is_real_BT.long(), use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
         last_hidden_ND = output.last_hidden_state[is_real_BT]
-        aux_hidden_NLD = torch.stack([hidden_by_layer[layer][is_real_BT] for layer in layers], dim=1)
+        aux_hidden_NLD = torch.stack([hidden_by_layer[layer] for layer in layers], dim=1)
         argmax_N, logsumexp_N = greedy_and_normalizer(last_hidden_ND, self.lm_head.weight)
         parts = (
             tensor.cpu().split(lengths_B.tolist()) for tensor in (aux_hidden_NLD, last_hidden_ND, argmax_N, logsumexp_N)
         )
         return [TargetFeatures(*columns) for columns in zip(*parts, strict=True)]
 
-    def load_target_head(self) -> "TargetHead":
+    def load_target_head(self) -> TargetHead:
         """The target's embedding, head and final norm, in its dtype, on the CPU; a tied pair stays one tensor."""
-        from specforge_core.drafts.base import TargetHead
-
         embedding_VD = self.model.get_input_embeddings().weight.detach().cpu()
         is_tied = self.lm_head.weight is self.model.get_input_embeddings().weight
         lm_head_VD = embedding_VD if is_tied else self.lm_head.weight.detach().cpu()
@@ -214,11 +216,12 @@ def float32_logits(hidden_ND: Tensor, lm_head_VD: Tensor) -> Tensor:
     return hidden_ND.float() @ lm_head_VD.float().T
 
 
-def _keep_output(outputs: dict[int, Tensor], layer: int) -> Callable[[nn.Module, Any, Any], None]:
-    """A forward hook that puts the layer's hidden states into `outputs`."""
+def _keep_rows(rows: dict[int, Tensor], layer: int, is_real_BT: Tensor) -> Callable[[nn.Module, Any, Any], None]:
+    """A forward hook that puts a copy of the layer's hidden states at real tokens into `rows`."""
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        outputs[layer] = output[0] if isinstance(output, tuple) else output
+        # Indexing copies, so a later layer that adds in place cannot change what is kept.
+        rows[layer] = (output[0] if isinstance(output, tuple) else output)[is_real_BT]
 
     return keep
 
