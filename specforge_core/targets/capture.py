@@ -62,7 +62,7 @@ def main(spec: CaptureSpec, out: Path) -> HiddenStates:
 def read_documents(conversations: Path) -> Iterator[Document]:
     """All conversations of an artifact, whole, in order."""
     for rows in scan_columns(conversations, ["id", "input_ids", "loss_mask"]):
-        for conversation_id, input_ids, loss_mask in zip(*rows.columns, strict=True):
+        for conversation_id, input_ids, loss_mask in zip(rows["id"], rows["input_ids"], rows["loss_mask"], strict=True):
             yield Document(
                 id=conversation_id.as_py(),
                 input_ids_T=torch.tensor(input_ids.values.to_numpy(), dtype=torch.int64),

@@ -1,0 +1,153 @@
+"""Training batches from captured features: whole documents, packed without padding, planned before anything is read.
+
+T tokens of a packed batch, L captured layers, D target width.
+"""
+
+import hashlib
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from specforge_core.data.shards import Shard, load_index
+from specforge_core.drafts.base import DraftBatch
+
+logger = logging.getLogger(__name__)
+
+OPEN_BATCHES = 32
+"""Batches that are filled side by side; more of them waste less room and scatter the shuffled order no further."""
+BATCHES_AHEAD = 2
+
+ItemT = TypeVar("ItemT")
+LoadedT = TypeVar("LoadedT")
+
+
+class Split(NamedTuple):
+    """Indices of documents, ascending."""
+
+    train: list[int]
+    eval: list[int]
+
+
+class FeatureSet:
+    """All documents of a feature directory, in stored order, memory-mapped."""
+
+    def __init__(self, directory: Path, *, max_document_tokens: int | None = None) -> None:
+        """Args: max_document_tokens: cut longer documents here, which must be done for those over a batch's budget."""
+        self._shards = [Shard(directory / record.name) for record in load_index(directory).shards]
+        self._places = [(shard, i) for shard in self._shards for i in range(len(shard.document_ids))]
+        self.document_ids = [document_id for shard in self._shards for document_id in shard.document_ids]
+        stored_lengths = [length for shard in self._shards for length in shard.lengths]
+        limit = max_document_tokens or max(stored_lengths)
+        self.lengths = [min(length, limit) for length in stored_lengths]
+        """Tokens of each document."""
+        if num_cut := sum(length > limit for length in stored_lengths):
+            lost_tokens = sum(stored_lengths) - sum(self.lengths)
+            logger.warning("%d documents are cut at %d tokens; %d tokens are lost", num_cut, limit, lost_tokens)
+
+    def split(self, eval_fraction: float) -> Split:
+        """About `eval_fraction` of the documents for evaluation, chosen by their ids alone.
+
+        So a document stays on its side when others are added. Raises: ValueError if a side would be empty.
+        """
+        held_out = [_uniform(document_id) < eval_fraction for document_id in self.document_ids]
+        split = Split(
+            train=[i for i, is_eval in enumerate(held_out) if not is_eval],
+            eval=[i for i, is_eval in enumerate(held_out) if is_eval],
+        )
+        if not split.train or not split.eval:
+            raise ValueError(
+                f"eval_fraction={eval_fraction} puts {len(split.eval)} of {len(held_out)} documents into evaluation "
+                "and both sides need one; change training.eval_fraction or add data"
+            )
+        return split
+
+    def plan(self, documents: Sequence[int], budget: int, *, seed: int, epoch: int) -> list[list[int]]:
+        """The micro-batches of an epoch over these documents, each a list of document indices."""
+        lengths = [self.lengths[document] for document in documents]
+        batches = [[documents[i] for i in batch] for batch in plan_epoch(lengths, budget, seed, epoch)]
+        fill = sum(lengths) / (budget * len(batches))
+        logger.info("epoch %d: %d micro-batches of %d tokens, %.1f %% full", epoch, len(batches), budget, 100 * fill)
+        return batches
+
+    def load_batch(self, documents: Sequence[int]) -> DraftBatch:
+        """These documents one after the other, on the CPU, hidden states in the stored dtype."""
+        lengths = [self.lengths[document] for document in documents]
+        stored = []
+        for document, length in zip(documents, lengths, strict=True):
+            shard, number = self._places[document]
+            stored.append(shard.read(number, length))
+        return DraftBatch(
+            input_ids_T=torch.cat([document.input_ids for document in stored]).long(),
+            loss_mask_T=torch.cat([document.loss_mask for document in stored]),
+            position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
+            document_ids_T=torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths)),
+            aux_hidden_TLD=torch.cat([document.aux_hidden for document in stored]),
+            last_hidden_TD=torch.cat([document.last_hidden for document in stored]),
+            target_argmax_T=torch.cat([document.target_argmax for document in stored]).long(),
+            target_logsumexp_T=torch.cat([document.target_logsumexp for document in stored]),
+        )
+
+    def batches(self, micro_batches: Iterable[Sequence[int]]) -> Iterator[DraftBatch]:
+        """The micro-batches of a plan, loaded in order by a thread that stays a little ahead."""
+        return prefetched(self.load_batch, micro_batches)
+
+
+def plan_epoch(lengths: Sequence[int], budget: int, seed: int, epoch: int) -> list[list[int]]:
+    """Indices of documents by micro-batch: each document once, whole, at most `budget` tokens together.
+
+    The order is a shuffle by (seed, epoch); each document goes into the first of the open batches that has room.
+    Raises: ValueError for a document longer than the budget.
+    """
+    if max(lengths) > budget:
+        raise ValueError(f"a document has {max(lengths)} tokens, a micro-batch {budget}; cut documents or raise it")
+    batches: list[list[int]] = []
+    room: list[int] = []
+    first_open = 0
+    for document in np.random.default_rng([seed, epoch]).permutation(len(lengths)).tolist():
+        length = lengths[document]
+        for batch in range(first_open, len(batches)):
+            if room[batch] >= length:
+                batches[batch].append(document)
+                room[batch] -= length
+                break
+        else:
+            batches.append([document])
+            room.append(budget - length)
+            first_open = max(first_open, len(batches) - OPEN_BATCHES)
+    return batches
+
+
+def plan_steps(micro_batches: Sequence[ItemT], per_step: int) -> list[Sequence[ItemT]]:
+    """The micro-batches of each optimizer step; the last step may have fewer."""
+    return [micro_batches[start : start + per_step] for start in range(0, len(micro_batches), per_step)]
+
+
+def rank_share(step: Sequence[ItemT], rank: int, world_size: int) -> Sequence[ItemT]:
+    """A process's part of a step, dealt out in turn; empty for some in a short last step."""
+    return step[rank::world_size]
+
+
+def prefetched(load: Callable[[ItemT], LoadedT], items: Iterable[ItemT]) -> Iterator[LoadedT]:
+    """`load(item)` for each item in order, worked out ahead by one thread."""
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+    waiting: deque[Future[LoadedT]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(load, item))
+            if len(waiting) > BATCHES_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _uniform(document_id: str) -> float:
+    """A number in [0, 1) that depends on the id alone."""
+    return int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8]) / 2**64
