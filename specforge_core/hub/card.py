@@ -1,0 +1,136 @@
+"""The model card of a draft: `model_card.md`, filled with what was made and measured. Torch-free."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from importlib import resources
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from specforge_core.benchmark.report import (
+    RESULT_LEGEND,
+    EntryReport,
+    chain,
+    hardware,
+    lineage_rows,
+    making_rows,
+    markdown_table,
+    position_rows,
+    result_rows,
+)
+from specforge_core.manifest import ManifestEntry, ServingConfig
+
+TEMPLATE_NAME = "model_card.md"
+
+
+def model_card(report: EntryReport, *, license_files: Sequence[str]) -> str:
+    """The text of the repository's README.md, with its metadata.
+
+    Args: license_files: names within the repository of the target's own licence texts.
+    """
+    entry, benchmark = report.lineage.entry, report.benchmark
+    template = resources.files("specforge_core.hub").joinpath(TEMPLATE_NAME).read_text(encoding="utf-8")
+    # `card.validate()` would ask the public Hub.
+    card = ModelCard.from_template(
+        card_data(report),
+        template_str=template,
+        repository=entry.publish.repository or entry.name,
+        method=method_name(entry),
+        target=entry.target.model,
+        target_version=report.lineage.target_revision or report.lineage.target_content_id,
+        results=markdown_table(result_rows(benchmark)),
+        result_legend=RESULT_LEGEND,
+        positions=markdown_table(position_rows(benchmark)),
+        measured_on=hardware(benchmark),
+        is_served="sglang" in benchmark.environment.versions,
+        launch_lines=launch_lines(report),
+        sources=[f"`{source.dataset}` ({source.split})" for source in entry.data.sources],
+        data=entry.data,
+        draft=entry.draft,
+        training=entry.training,
+        making=markdown_table(making_rows(report)),
+        lineage=markdown_table(lineage_rows(report.lineage)),
+        vocabulary=report.vocabulary,
+        license_name=entry.publish.license,
+        license_files=license_files,
+    )
+    return str(card)
+
+
+def card_data(report: EntryReport) -> ModelCardData:
+    """The card's metadata: what the Hub searches by, and the results in its `model-index` form."""
+    entry = report.lineage.entry
+    # A folder on someone's disk is no base model that the Hub could link to.
+    is_on_hub = report.lineage.target_revision is not None
+    return ModelCardData(
+        base_model=entry.target.model if is_on_hub else None,
+        # The nearest of the Hub's relations: of no use without its base.
+        base_model_relation="adapter" if is_on_hub else None,
+        library_name="sglang",
+        license=entry.publish.license,
+        model_name=entry.publish.repository or entry.name,
+        pipeline_tag="text-generation",
+        tags=["speculative-decoding", "draft-model", entry.draft.algorithm, "sglang", "specbundle"],
+        eval_results=list(_eval_results(report)),
+    )
+
+
+def _eval_results(report: EntryReport) -> Iterator[EvalResult]:
+    splits = {suite.name: suite.source.split for suite in report.lineage.entry.benchmark.suites}
+    for measurement in report.benchmark.measurements:
+        where = f"chain {chain(measurement.serving)}, concurrency {measurement.serving.concurrency}"
+        for metric_type, metric_name, value in (
+            ("acceptance_length", "Acceptance length", measurement.acceptance_length),
+            ("speedup", "Speedup of output tokens/s", measurement.speedup),
+        ):
+            yield EvalResult(
+                task_type="text-generation",
+                # Results are grouped by this type, and two suites may be parts of one data set.
+                dataset_type=measurement.suite,
+                dataset_name=measurement.suite,
+                dataset_split=splits.get(measurement.suite),
+                metric_type=metric_type,
+                metric_name=f"{metric_name} ({where})",
+                metric_value=round(value, 3),
+            )
+
+
+def method_name(entry: ManifestEntry) -> str:
+    """The method as the literature calls it."""
+    return "EAGLE-3.1" if entry.draft.fc_norm and entry.draft.norm_output else "EAGLE-3"
+
+
+def launch_lines(report: EntryReport) -> dict[str, str]:
+    """The server's command line by a title, one for each chain that was measured."""
+    concurrencies: dict[str, list[int]] = {}
+    lines: dict[str, str] = {}
+    for measurement in report.benchmark.measurements:
+        name = chain(measurement.serving)
+        concurrencies.setdefault(name, []).append(measurement.serving.concurrency)
+        lines[name] = launch_line(report.lineage.entry, measurement.serving, revision=report.lineage.target_revision)
+    return {
+        f"Chain {name}, measured at concurrency {', '.join(map(str, sorted(set(concurrencies[name]))))}": line
+        for name, line in lines.items()
+    }
+
+
+def launch_line(entry: ManifestEntry, serving: ServingConfig, *, revision: str | None) -> str:
+    """The SGLang command that serves the target with this draft, as it was measured.
+
+    Args: revision: commit of the target, if it is on the Hub.
+    """
+    options = {
+        "--model-path": entry.target.model,
+        "--revision": revision,
+        # SGLang does not serve float32.
+        "--dtype": entry.target.dtype if entry.target.dtype != "float32" else "bfloat16",
+        "--speculative-algorithm": "EAGLE3",
+        # Without a repository the command is for whoever stands in this folder.
+        "--speculative-draft-model-path": entry.publish.repository or ".",
+        "--speculative-num-steps": str(serving.num_steps),
+        "--speculative-eagle-topk": str(serving.topk),
+        "--speculative-num-draft-tokens": str(serving.num_draft_tokens),
+    }
+    parts = [f"{option} {shlex.quote(value)}" for option, value in options.items() if value is not None]
+    if entry.target.trust_remote_code:
+        parts.append("--trust-remote-code")
+    return " \\\n  ".join(["python3 -m sglang.launch_server", *parts])
