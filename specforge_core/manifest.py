@@ -1,21 +1,57 @@
 """The one hand-written configuration: `bundle_manifest.yaml`, as frozen pydantic models. Torch-free."""
 
+import json
+import re
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-NAME_PATTERN = r"^[a-z0-9][a-z0-9.-]{0,63}$"
+from specforge_core.digests import digest
+from specforge_core.manifest_errors import ManifestError, cross_field_error, problems_in, read_document
+from specforge_core.manifest_yaml import Node, merged
+
+NAME_PATTERN = r"[a-z0-9][a-z0-9.-]{0,63}"
+REPOSITORY_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"
+BUILTIN_PREFIX = "builtin:"
+BUILTIN_DEMO = "builtin:demo"
+# Acceptance falls off with every step that training did not unroll; the factor is our choice, not a measurement.
+MAX_STEPS_PER_TRAINED_STEP = 2
+
+
+def _check_name(name: str) -> str:
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise ValueError(
+            f'"{name}" should be 1 to 64 of a-z, 0-9, "." and "-", with a letter or a digit first: it names folders'
+        )
+    return name
+
+
+def _check_repository(repository: str) -> str:
+    if not re.fullmatch(REPOSITORY_PATTERN, repository):
+        raise ValueError(f'"{repository}" should be a Hub id, organization/name')
+    return repository
+
+
+def _check_dataset(dataset: str) -> str:
+    if dataset.startswith(BUILTIN_PREFIX) and dataset != BUILTIN_DEMO:
+        raise ValueError(f'"{dataset}" is not built in; the only one is "{BUILTIN_DEMO}"')
+    return dataset
+
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Name = Annotated[str, AfterValidator(_check_name)]
 
 
 class Config(BaseModel):
     """Base of every config model: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TargetConfig(Config):
@@ -32,8 +68,9 @@ class TargetConfig(Config):
 class PromptSource(Config):
     """Where prompts come from: a Hub data set, a local JSONL or Parquet file, or `builtin:demo`."""
 
-    dataset: str = Field(min_length=1)
+    dataset: Annotated[str, Field(min_length=1), AfterValidator(_check_dataset)]
     config: str | None = None
+    """Configuration of a Hub data set; of `builtin:demo` the task family, all when absent."""
     split: str = "train"
     revision: str | None = None
     limit: PositiveInt | None = None
@@ -71,6 +108,25 @@ class Eagle3Config(Config):
     fc_norm: bool = False
     norm_output: bool = False
 
+    @model_validator(mode="after")
+    def _aux_layers_ascend(self) -> "Eagle3Config":
+        layers = self.aux_layers
+        if layers and (layers[0] < 0 or any(left >= right for left, right in pairwise(layers))):
+            raise cross_field_error(
+                ("aux_layers",),
+                f"{list(layers)} should be three different layers in ascending order, counted from 0, as [1, 15, 28]",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _heads_share_evenly(self) -> "Eagle3Config":
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads and kv_heads and heads % kv_heads:
+            raise cross_field_error(
+                ("num_key_value_heads",), f"{kv_heads} KV heads cannot be shared evenly by num_attention_heads={heads}"
+            )
+        return self
+
 
 DraftConfig = Eagle3Config
 """Becomes a union discriminated by `algorithm` with the second algorithm."""
@@ -99,7 +155,7 @@ class TrainingConfig(Config):
     learning_rate: PositiveFloat = 1e-4
     """Of AdamW."""
     muon_learning_rate: PositiveFloat = 0.02
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0.0)
     max_grad_norm: PositiveFloat = 0.5
     warmup_fraction: Fraction = 0.015
@@ -109,11 +165,28 @@ class TrainingConfig(Config):
     evals_per_run: PositiveInt = 4
     checkpoints_per_run: PositiveInt = 4
 
+    @model_validator(mode="after")
+    def _batches_nest(self) -> "TrainingConfig":
+        micro_batch = self.tokens_per_micro_batch
+        if micro_batch > self.tokens_per_batch:
+            raise cross_field_error(
+                ("tokens_per_micro_batch",),
+                f"{micro_batch} is more than tokens_per_batch={self.tokens_per_batch}, of which it is a part; "
+                "lower it or raise tokens_per_batch",
+            )
+        if self.max_document_tokens > micro_batch:
+            raise cross_field_error(
+                ("max_document_tokens",),
+                f"{self.max_document_tokens} is more than tokens_per_micro_batch={micro_batch}, and a document is "
+                "never split; lower it or raise tokens_per_micro_batch",
+            )
+        return self
+
 
 class SuiteConfig(Config):
     """A benchmark suite: prompts that no draft is trained on."""
 
-    name: str = Field(pattern=NAME_PATTERN)
+    name: Name
     source: PromptSource
     max_new_tokens: PositiveInt = 512
 
@@ -131,9 +204,10 @@ class ServingConfig(Config):
     @model_validator(mode="after")
     def _chain_length(self) -> "ServingConfig":
         if self.num_draft_tokens != self.num_steps + 1:
-            raise ValueError(
-                f"num_draft_tokens={self.num_draft_tokens} with num_steps={self.num_steps}: "
-                f"a chain verifies num_steps + 1 = {self.num_steps + 1} tokens"
+            raise cross_field_error(
+                ("num_draft_tokens",),
+                f"{self.num_draft_tokens} does not fit num_steps={self.num_steps}: a chain verifies num_steps + 1 = "
+                f"{self.num_steps + 1} tokens",
             )
         return self
 
@@ -147,6 +221,19 @@ class BenchmarkConfig(Config):
     """Interleaved runs with and without draft; at least two, so that there is an interval."""
     temperature: float = Field(default=0.0, ge=0.0, le=5.0)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _nothing_is_measured_twice(self) -> "BenchmarkConfig":
+        names = [suite.name for suite in self.suites]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise cross_field_error(
+                    ("suites", i, "name"), f'"{name}" is another suite\'s name already; choose another'
+                )
+        for i, serving in enumerate(self.serving):
+            if serving in self.serving[:i]:
+                raise cross_field_error(("serving", i), "is the same as an earlier one; remove it")
+        return self
 
 
 class GatesConfig(Config):
@@ -167,7 +254,7 @@ class PublishConfig(Config):
 
     directory: str = "published"
     """Folder that holds one repository folder per entry; relative to the store's root."""
-    repository: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
+    repository: Annotated[str, AfterValidator(_check_repository)] | None = None
     """Hub id of the draft (`org/name`); also names the repository in the model card."""
     license: str = "apache-2.0"
 
@@ -182,7 +269,7 @@ class ResourcesConfig(Config):
 class ManifestEntry(Config):
     """One draft model to build."""
 
-    name: str = Field(pattern=NAME_PATTERN)
+    name: Name
     target: TargetConfig
     draft: DraftConfig = DraftConfig()
     data: DataConfig
@@ -193,14 +280,105 @@ class ManifestEntry(Config):
     publish: PublishConfig = PublishConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
+    @model_validator(mode="after")
+    def _gates_can_be_passed(self) -> "ManifestEntry":
+        gates = self.gates
+        shortest = min(serving.num_draft_tokens for serving in self.benchmark.serving)
+        if gates.min_acceptance_length > shortest:
+            raise cross_field_error(
+                ("gates", "min_acceptance_length"),
+                f"{gates.min_acceptance_length} can never be reached: a step of the shortest chain in "
+                f"benchmark.serving emits at most {shortest} tokens; lower it or lengthen that chain",
+            )
+        alone = [serving.num_draft_tokens for serving in self.benchmark.serving if serving.concurrency == 1]
+        if gates.min_speedup > 0 and not alone:
+            raise cross_field_error(
+                ("gates", "min_speedup"),
+                f"{gates.min_speedup} is required at concurrency 1, where nothing is measured; "
+                "add a benchmark.serving with `concurrency: 1` or set min_speedup to 0",
+            )
+        if alone and gates.min_speedup > min(alone):
+            raise cross_field_error(
+                ("gates", "min_speedup"),
+                f"{gates.min_speedup} can never be reached: a step emits at most {min(alone)} tokens; lower it",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _chains_stay_near_what_is_trained(self) -> "ManifestEntry":
+        longest = MAX_STEPS_PER_TRAINED_STEP * self.draft.num_steps
+        for i, serving in enumerate(self.benchmark.serving):
+            if serving.num_steps > longest:
+                raise cross_field_error(
+                    ("benchmark", "serving", i, "num_steps"),
+                    f"{serving.num_steps} is more than {longest}, {MAX_STEPS_PER_TRAINED_STEP} times the "
+                    f"draft.num_steps={self.draft.num_steps} that training unrolls; lower it or raise draft.num_steps",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _suites_are_held_out(self) -> "ManifestEntry":
+        for i, suite in enumerate(self.benchmark.suites):
+            if any(_overlap(suite.source, source) for source in self.data.sources):
+                raise cross_field_error(
+                    ("benchmark", "suites", i, "source"),
+                    f"the draft is trained on {suite.source.dataset}, split {suite.source.split}; "
+                    "measure on a split or a file that is not in data.sources",
+                )
+        return self
+
+    def digest(self) -> str:
+        """A digest of every field, defaults included; the same whatever the order in the file."""
+        return digest(self.model_dump(mode="json"))
+
+
+def _overlap(one: PromptSource, other: PromptSource) -> bool:
+    """Whether two sources can hold the same row. A config that is left out can be any."""
+    same_config = one.config == other.config or None in (one.config, other.config)
+    return (one.dataset, one.split) == (other.dataset, other.split) and same_config
+
 
 class Manifest(Config):
     """The whole file, after the defaults are merged into every entry."""
 
     version: Literal[1] = 1
     entries: tuple[ManifestEntry, ...] = Field(min_length=1)
+    _base_dir: Path = PrivateAttr()
+
+    @property
+    def base_dir(self) -> Path:
+        """The manifest's folder, which relative paths in it start at."""
+        return self._base_dir
 
     @staticmethod
     def load(path: Path) -> "Manifest":
-        """The manifest of a YAML file, defaults merged. Raises: ManifestError, which lists every error of the file."""
-        raise NotImplementedError
+        """The manifest of a YAML file, defaults merged into every entry.
+
+        Raises: ManifestError, which lists every error of the file. A check over several fields runs once each of
+        them is right by itself.
+        """
+        document = read_document(path)
+        assert document.root is not None
+        root, manifest, error = _with_defaults(document.root), None, None
+        try:
+            # Strict: "3" is no number. As JSON, because there strict mode still takes a list for a tuple.
+            manifest = Manifest.model_validate_json(json.dumps(root.plain()), strict=True)
+        except ValidationError as validation_error:
+            error = validation_error
+        problems = problems_in(document, root, error, Manifest)
+        if manifest is None or problems:
+            raise ManifestError(path, problems)
+        manifest._base_dir = path.absolute().parent
+        return manifest
+
+
+def _with_defaults(root: Node) -> Node:
+    """The root without `defaults`, which every entry holds instead. Lists replace, sections merge."""
+    if not isinstance(root.value, dict):
+        return root
+    sections = dict(root.value)
+    defaults, entries = sections.pop("defaults", None), root.child("entries")
+    if defaults and entries and isinstance(entries.value, list):
+        whole = [merged(defaults, entry) for entry in entries.value]
+        sections["entries"] = replace(entries, value=whole)
+    return replace(root, value=sections)
