@@ -6,6 +6,7 @@ T tokens of a packed batch, L captured layers, D target width, V target vocabula
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from specforge_core.manifest import DraftConfig
@@ -46,6 +47,16 @@ class DraftLoss(NamedTuple):
     valid_K: Tensor
     """float32 [K], the count behind the two above."""
 
+    @staticmethod
+    def zero(num_positions: int, device: torch.device) -> "DraftLoss":
+        """Nothing yet, in float64, which counts exactly beyond 2^24."""
+        shapes = ((), (), (num_positions,), (num_positions,), (num_positions,))
+        return DraftLoss(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def plus(self, other: "DraftLoss") -> "DraftLoss":
+        """The sums of both, without gradient."""
+        return DraftLoss(*(mine + theirs.detach() for mine, theirs in zip(self, other, strict=True)))
+
 
 class TargetHead(NamedTuple):
     """The frozen parts of the target that a draft shares or starts from."""
@@ -58,6 +69,9 @@ class TargetHead(NamedTuple):
 
 class DraftModel(nn.Module, ABC):
     """A trainable draft. `forward` computes the loss itself, so that sharding hooks on the root module run."""
+
+    num_positions: int
+    """Draft positions that the loss is about, K."""
 
     @classmethod
     @abstractmethod
@@ -83,6 +97,14 @@ class DraftModel(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: DraftBatch) -> DraftLoss:
         """The training loss of one packed batch, as sums."""
+
+    @abstractmethod
+    def greedy_chains(self, batch: DraftBatch, num_tokens: int) -> Tensor:
+        """What slot t drafts for x[t+2+k], k < num_tokens, x[t+1] being the last known token: int64 [num_tokens, T].
+
+        Target ids. The tokens drafted before, x[t+2] to x[t+1+k], are taken from the batch: an entry is what a served
+        chain would draft if all of it was right so far, and behind a wrong token nothing of a chain counts.
+        """
 
     @abstractmethod
     def serving_config(self) -> dict[str, Any]:

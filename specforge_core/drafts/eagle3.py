@@ -5,7 +5,7 @@ V target vocabulary, W draft vocabulary, S steps of training-time test, R superv
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specforge_core.drafts.base import DraftBatch, DraftLoss, DraftModel, TargetHead
-from specforge_core.drafts.layers import Eagle3Layer, RMSNorm, at_least_float32, llama_config
+from specforge_core.drafts.eagle3_config import ARCHITECTURE, llama_config, make_serving_config
+from specforge_core.drafts.layers import Eagle3Layer, RMSNorm, at_least_float32
 from specforge_core.manifest import Eagle3Config
 
-ARCHITECTURE = "LlamaForCausalLMEagle3"
 NUM_AUX_LAYERS = 3
 INIT_STD = 0.02
 
@@ -80,7 +80,7 @@ class Eagle3Draft(DraftModel):
         self.t2d = nn.Buffer(torch.zeros(serving_config["vocab_size"], dtype=torch.bool))
         self.embed_tokens = nn.Buffer(embedding_VD.detach(), persistent=False)
         self.register_buffer("teacher_head", None, persistent=False)
-        self.num_steps = 0
+        self.num_positions = 0
         self.step_loss_decay = 1.0
 
     @classmethod
@@ -123,7 +123,7 @@ class Eagle3Draft(DraftModel):
             draft.d2t.copy_(draft_token_ids - torch.arange(len(draft_token_ids)))
             draft.t2d[draft_token_ids] = True
         draft.teacher_head = kept_head_WD.clone()
-        draft.num_steps, draft.step_loss_decay = config.num_steps, config.step_loss_decay
+        draft.num_positions, draft.step_loss_decay = config.num_steps, config.step_loss_decay
         return draft
 
     @classmethod
@@ -205,29 +205,16 @@ class Eagle3Draft(DraftModel):
         the draft vocabulary; `num_tokens` = slots active at step 0. A row whose teacher's favourite is outside the
         draft vocabulary has no loss and counts as a miss.
         """
-        active_ST = active_slots(batch, self.num_steps)
+        active_ST = active_slots(batch, self.num_positions)
         slots_R = active_ST[0].nonzero().squeeze(1)
         teacher = self._teacher(batch, slots_R + 1)
-        lengths = document_lengths(batch.document_ids_T)
-        embedding_TD = self.embed(batch.input_ids_T)
-        hidden_TD = self.fuse(batch.aux_hidden_TLD)
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        steps: list[StepLoss] = []
-        for step in range(self.num_steps):
-            # The rows that wrap around are slots at a document's end, which nothing active reads.
-            next_embedding_TD = embedding_TD.roll(-1 - step, dims=0)
-            qkv = self.midlayer.project_qkv(next_embedding_TD, hidden_TD, batch.position_ids_T + step)
-            keys.append(qkv.key_TMC)
-            values.append(qkv.value_TMC)
-            attended_TD = attend(qkv.query_TNC, keys, values, lengths)
-            hidden_TD = self.midlayer.finish(hidden_TD, attended_TD)
+        steps = []
+        for step, hidden_TD in enumerate(self._layer_outputs(batch, self.num_positions)):
             rows = active_ST[step][slots_R].nonzero().squeeze(1)
             taught = Teacher(*(part[rows + step] for part in teacher))
             steps.append(self._step_loss(hidden_TD[slots_R[rows]], taught))
-            hidden_TD = self.recurrent(hidden_TD)
         total = StepLoss(*(torch.stack(sums) for sums in zip(*steps, strict=True)))
-        weight_S = self.step_loss_decay ** torch.arange(self.num_steps).to(total.loss_sum)
+        weight_S = self.step_loss_decay ** torch.arange(self.num_positions).to(total.loss_sum)
         return DraftLoss(
             loss_sum=(weight_S * total.loss_sum).sum(),
             num_tokens=total.valid[0],
@@ -237,11 +224,35 @@ class Eagle3Draft(DraftModel):
         )
 
     @torch.no_grad()
+    def greedy_chains(self, batch: DraftBatch, num_tokens: int) -> Tensor:
+        hidden = self._layer_outputs(batch, num_tokens)
+        return torch.stack([self.draft_to_target(self.logits(hidden_TD).argmax(-1)) for hidden_TD in hidden])
+
+    def _layer_outputs(self, batch: DraftBatch, num_steps: int) -> Iterator[Tensor]:
+        """The layer's output [T, D] at each step, the data's tokens going in."""
+        lengths = document_lengths(batch.document_ids_T)
+        embedding_TD = self.embed(batch.input_ids_T)
+        hidden_TD = self.fuse(batch.aux_hidden_TLD)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        for step in range(num_steps):
+            # The rows that wrap around are slots at a document's end, which nothing active reads.
+            next_embedding_TD = embedding_TD.roll(-1 - step, dims=0)
+            qkv = self.midlayer.project_qkv(next_embedding_TD, hidden_TD, batch.position_ids_T + step)
+            keys.append(qkv.key_TMC)
+            values.append(qkv.value_TMC)
+            output_TD = self.midlayer.finish(hidden_TD, attend(qkv.query_TNC, keys, values, lengths))
+            yield output_TD
+            hidden_TD = self.recurrent(output_TD)
+
+    @torch.no_grad()
     def _teacher(self, batch: DraftBatch, token_index_R: Tensor) -> Teacher:
         if self.teacher_head is None:
             raise ValueError("this draft was loaded to decode: only one made by `create` has a teacher")
-        last_hidden_RD = batch.last_hidden_TD[token_index_R].to(self.teacher_head.dtype)
-        logits_RW = at_least_float32(F.linear(last_hidden_RD, self.teacher_head))
+        # As capture computed argmax and log-sum-exp: rounded logits would give the kept tokens more than all of them.
+        with torch.autocast(self.teacher_head.device.type, enabled=False):
+            last_hidden_RD = at_least_float32(batch.last_hidden_TD[token_index_R])
+            logits_RW = F.linear(last_hidden_RD, at_least_float32(self.teacher_head))
         argmax_R = batch.target_argmax_T[token_index_R].long()
         return Teacher(
             probability_RW=logits_RW.softmax(-1),
@@ -313,63 +324,3 @@ def attend(query_TNC: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], 
     for j, value_TMC in enumerate(values[1:]):
         attended_TMGC = attended_TMGC + own_weight_TMGJ[..., j, None] * value_TMC.unsqueeze(2)
     return attended_TMGC.flatten(1)
-
-
-def make_serving_config(
-    config: Eagle3Config, target_config: dict[str, Any], capture_layers: tuple[int, ...]
-) -> dict[str, Any]:
-    """The draft's `config.json`, but for the two vocabulary sizes. Sizes that `config` leaves out are the target's."""
-    num_heads = config.num_attention_heads or target_config["num_attention_heads"]
-    num_kv_heads = config.num_key_value_heads or target_config.get("num_key_value_heads") or num_heads
-    if num_heads % num_kv_heads:
-        raise ValueError(f"num_attention_heads={num_heads} is no multiple of num_key_value_heads={num_kv_heads}")
-    head_dim = config.head_dim or target_config.get("head_dim") or target_config["hidden_size"] // num_heads
-    rope = rope_parameters(target_config)
-    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-    token_ids = {name: target_config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "llama",
-        "num_hidden_layers": 1,
-        "hidden_size": target_config["hidden_size"],
-        "target_hidden_size": target_config["hidden_size"],
-        "intermediate_size": config.intermediate_size or target_config["intermediate_size"],
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rms_norm_eps": target_config.get("rms_norm_eps", 1e-6),
-        # Servers size their RoPE table by it, so a smaller one than the target's breaks long requests.
-        "max_position_embeddings": target_config["max_position_embeddings"],
-        # Both schemas: transformers 4 and the servers read the first two, transformers 5 the third.
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": scaling if rope["rope_type"] != "default" else None,
-        "rope_parameters": rope,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "dtype": "bfloat16",
-        **token_ids,
-        "eagle_config": {
-            # Decoder layer OUTPUTS counted from 0, as SGLang reads them.
-            "eagle_aux_hidden_state_layer_ids": list(capture_layers),
-            "use_aux_hidden_state": True,
-        },
-        "norm_before_residual": False,
-        "fc_norm": config.fc_norm,
-        "norm_output": config.norm_output,
-    }
-
-
-def rope_parameters(target_config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE of a target's `config.json` in the schema of transformers 5, from either schema."""
-    rope = target_config.get("rope_parameters") or target_config.get("rope_scaling") or {}
-    # Targets with several kinds of layers have one entry for each; the draft's attention is full.
-    rope = dict(rope.get("full_attention", rope))
-    rope_type = rope.pop("type", "default")
-    rope.setdefault("rope_type", rope_type)
-    rope.setdefault("rope_theta", target_config.get("rope_theta", 10_000.0))
-    # The draft rotates whole heads, whatever part of its own the target rotates.
-    rope.pop("partial_rotary_factor", None)
-    return rope

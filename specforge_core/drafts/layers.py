@@ -5,7 +5,7 @@ T tokens (any number of leading dimensions), D draft width, N query heads, M KV 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -138,18 +138,3 @@ class Eagle3Layer(nn.Module):
         # The residual is the hidden state as it came in, before hidden_norm: `norm_before_residual` is false.
         residual_TD = hidden_TD + self.self_attn.o_proj(attended_TD)
         return residual_TD + self.mlp(self.post_attention_layernorm(residual_TD))
-
-
-def llama_config(serving_config: dict[str, Any]) -> LlamaConfig:
-    """The shape part of a draft's `config.json`."""
-    names = (
-        "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "rms_norm_eps", "max_position_embeddings", "rope_parameters",
-    )  # fmt: skip
-    if missing := [name for name in names if name not in serving_config]:
-        raise ValueError(f"the draft's config.json lacks {', '.join(missing)}")
-    # transformers fills in and edits the RoPE dictionary that it is given.
-    values = {name: serving_config[name] for name in names} | {
-        "rope_parameters": dict(serving_config["rope_parameters"])
-    }
-    return LlamaConfig(num_hidden_layers=1, **values)
