@@ -1,6 +1,7 @@
 """The last question of a build: does the draft reach what its manifest entry asks for?"""
 
 from specforge_core.artifacts import BenchmarkResult, GateFailure, Measurement, Vocabulary
+from specforge_core.benchmark.report import chain
 from specforge_core.manifest import GatesConfig
 
 
@@ -20,9 +21,7 @@ def check_gates(gates: GatesConfig, vocabulary: Vocabulary, result: BenchmarkRes
 
 
 def _where(measurement: Measurement) -> str:
-    serving = measurement.serving
-    chain = f"{serving.num_steps}-{serving.topk}-{serving.num_draft_tokens}"
-    return f"on {measurement.suite} with {chain} at concurrency {serving.concurrency}"
+    return f"on {measurement.suite} with {chain(measurement.serving)} at concurrency {measurement.serving.concurrency}"
 
 
 # Comparisons are written as "not (measured >= required)", so that a NaN fails.
