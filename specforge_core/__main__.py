@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from specforge_core.artifacts import RECORD_NAME, seal
+from specforge_core.gpus import cpu_name, list_gpus
 from specforge_core.stages import SPECS
 
 # Each module has `main(spec, out) -> facts`; imported one at a time, because most bring torch.
@@ -48,8 +49,22 @@ def main(argv: list[str] | None = None) -> int:
     started_at = time.monotonic()
     facts = importlib.import_module(MODULES[args.stage]).main(spec, args.out)
     if is_first_rank:
-        seal(args.out, facts, stage=args.stage, key=key, inputs=inputs, elapsed_s=time.monotonic() - started_at)
+        seal(
+            args.out,
+            facts,
+            stage=args.stage,
+            key=key,
+            inputs=inputs,
+            elapsed_s=time.monotonic() - started_at,
+            hardware=hardware_name(spec.device),
+        )
     return 0
+
+
+def hardware_name(device: str) -> str:
+    """What this stage computes on: the processor, or how many of which GPU."""
+    gpus = list_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")) if device == "cuda" else ()
+    return f"{len(gpus)} x {gpus[0].name}" if gpus else cpu_name()
 
 
 if __name__ == "__main__":

@@ -222,6 +222,8 @@ class Artifact(Record, Generic[FactsT]):
     """Content id by input name."""
     created_at: datetime
     elapsed_s: float
+    hardware: str | None = None
+    """What computed it, for people; None if it was not recorded."""
     files: dict[str, FileRecord]
     facts: FactsT
     _path: Path = PrivateAttr()
@@ -258,7 +260,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def seal(
-    directory: Path, facts: FactsT, *, stage: str, key: str, inputs: dict[str, str], elapsed_s: float
+    directory: Path,
+    facts: FactsT,
+    *,
+    stage: str,
+    key: str,
+    inputs: dict[str, str],
+    elapsed_s: float,
+    hardware: str | None = None,
 ) -> Artifact[FactsT]:
     """The artifact made of the files now in `directory`; writes its `artifact.json`."""
     for leftover in directory.rglob(f".*{PARTIAL_SUFFIX}"):
@@ -283,6 +292,7 @@ def seal(
         inputs=inputs,
         created_at=datetime.now(UTC),
         elapsed_s=round(elapsed_s, 3),
+        hardware=hardware,
         files=files,
         facts=facts,
     )

@@ -31,6 +31,7 @@ class StageLineage(Record):
     """Content id by input name."""
     created_at: datetime
     elapsed_s: float
+    hardware: str | None
 
 
 class Lineage(Record):
@@ -77,6 +78,7 @@ def make_report(
                 inputs=artifact.inputs,
                 created_at=artifact.created_at,
                 elapsed_s=artifact.elapsed_s,
+                hardware=artifact.hardware,
             )
             for artifact in artifacts
         },
@@ -174,7 +176,7 @@ def position_rows(result: BenchmarkResult) -> list[dict[str, str]]:
 def making_rows(report: EntryReport) -> list[dict[str, str]]:
     """Data, training and export in numbers: one row per fact."""
     data, checkpoint, hidden = report.conversations, report.checkpoint, report.hidden_states
-    vocabulary = report.vocabulary
+    vocabulary, training = report.vocabulary, report.lineage.stages["train"]
     facts = {
         "conversations": f"{data.num_conversations:,} ({data.num_failed:,} failed, {data.num_cut_off:,} cut off)",
         "tokens": f"{data.num_tokens:,}, of which the target wrote {data.num_loss_tokens:,}",
@@ -183,7 +185,7 @@ def making_rows(report: EntryReport) -> list[dict[str, str]]:
         "draft vocabulary": f"{vocabulary.draft_vocab_size:,} of {vocabulary.target_vocab_size:,} tokens, "
         f"{vocabulary.coverage:.2%} of what the target wrote",
         "training": f"{checkpoint.step:,} steps, {checkpoint.tokens_seen:,} tokens, "
-        f"{report.lineage.stages['train'].elapsed_s:,.0f} s",
+        f"{training.elapsed_s:,.0f} s on {training.hardware or 'unrecorded hardware'}",
         "parameters": f"{checkpoint.num_parameters:,}",
         "held-out loss": f"{checkpoint.eval_loss:.4f}",
         "held-out greedy accuracy": _by_position(checkpoint.eval_accuracy),

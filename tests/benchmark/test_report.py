@@ -67,7 +67,7 @@ def test_the_markdown_has_results_training_and_digests(tmp_path: Path) -> None:
         "it passed its gates",
         "| math | 3-1-4 | 1 | 10 | 3.00 |",
         "98.76% of what the target wrote",
-        "150 steps, 300,000 tokens, 90 s",
+        "150 steps, 300,000 tokens, 90 s on 2 x Made-up GPU",
         "80.0%, 70.0%, 60.0%",
         "Made-up CPU 9000, 4 threads",
         "python -m specforge_core benchmark --spec spec.json --out out",

@@ -54,7 +54,7 @@ def test_the_measured_numbers_are_in_the_text(tmp_path: Path) -> None:
     assert "| math | 3-1-4 | 90.0% | 70.0% | 40.0% |" in text
     assert "No GPU; Made-up CPU 9000, 4 threads; torch 2.13.0, transformers 5.23.0; commit 0123abc." in text
     assert "768 (3 failed, 5 cut off)" in text
-    assert "150 steps, 300,000 tokens, 90 s" in text
+    assert "150 steps, 300,000 tokens, 90 s on 2 x Made-up GPU" in text
     assert "1,000 of 4,096 tokens, 98.76% of what the target wrote" in text
     assert REVISION in text
     assert "key-train" in text
