@@ -67,12 +67,11 @@ class RowBuffer:
             self.values_RLHD[window.rows, :num_keys].transpose(1, 2),
         )
 
-    def copy_row(self, source: int, destination: int, length: int) -> None:
-        """Overwrite one row by the first `length` tokens of another."""
-        assert self.keys_RLHD is not None
-        assert self.values_RLHD is not None
-        self.keys_RLHD[destination, :length] = self.keys_RLHD[source, :length]
-        self.values_RLHD[destination, :length] = self.values_RLHD[source, :length]
+    def copy_row(self, source: int, destination: int) -> None:
+        """Overwrite one row by another."""
+        for buffer_RLHD in (self.keys_RLHD, self.values_RLHD):
+            assert buffer_RLHD is not None
+            buffer_RLHD[destination] = buffer_RLHD[source]
 
     def _with_room(self, buffer_RLHD: Tensor | None, new_BHTD: Tensor, num_keys: int) -> Tensor:
         if buffer_RLHD is not None and buffer_RLHD.shape[1] >= num_keys:
@@ -107,7 +106,7 @@ class RowCache(Cache):
             return 0
         return self.window.mask_B1TL.shape[-1] - self.window.slots_BT.shape[-1]
 
-    def copy_row(self, source: int, destination: int, length: int) -> None:
-        """Overwrite one row by the first `length` tokens of another, in every layer."""
+    def copy_row(self, source: int, destination: int) -> None:
+        """Overwrite one row by another, in every layer."""
         for layer in self.layers:
-            layer.copy_row(source, destination, length)
+            layer.copy_row(source, destination)

@@ -82,13 +82,18 @@ def check_rewindable(config: Any) -> None:
     """Nothing, if every layer keeps the keys and values of all tokens. Raises: ValueError naming what does not."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None:
-        # Older configs have no list, only the sizes that make attention local.
+        # Configs without a list of layers have the sizes that make attention local, or no attention at all.
         local = [name for name in ("sliding_window", "attention_chunk_size") if getattr(config, name, None)]
-        layer_types = local or ["full_attention" if hasattr(config, "num_attention_heads") else "no attention"]
+        layer_types = local or ["full_attention" if hasattr(config, "num_attention_heads") else "attention-free"]
     if unsupported := sorted(set(layer_types) - {"full_attention"}):
         raise ValueError(
             f"{config.model_type} has {', '.join(unsupported)} layers: their state cannot be rewound when a draft is "
             "rejected. Only full attention decodes in process; use a server for this target"
+        )
+    if getattr(config, "max_position_embeddings", None) is None:
+        raise ValueError(
+            f"{config.model_type} has no max_position_embeddings: positions given by id are needed; "
+            "use a server for this target"
         )
 
 
@@ -147,7 +152,7 @@ class _Loop:
         self.rows: list[_Row] = []
         self.cache = RowCache(num_rows, target.num_layers)
         self.aux_hidden: dict[int, Tensor] = {}
-        self.hooks = []
+        self.hooks: list[Any] = []
         if drafter is not None:
             drafter.begin(num_rows)
             layers = target.decoder_layers()
@@ -180,7 +185,7 @@ class _Loop:
         last_row = self.rows.pop()
         if index < len(self.rows):
             self.rows[index] = last_row
-            self.cache.copy_row(len(self.rows), index, len(last_row.token_ids) - 1)
+            self.cache.copy_row(len(self.rows), index)
             if self.drafter is not None:
                 self.drafter.copy_row(len(self.rows), index)
 

@@ -1,8 +1,8 @@
 """From the target's logits and a proposed chain to what is kept of it, greedily or by rejection sampling.
 
-A drafter proposes one chain of K tokens a row, without probabilities: its distribution q is a point mass. Speculative
-sampling (arXiv 2211.17192, section 2.3) then accepts token d with probability min(1, p(d) / q(d)) = p(d), and draws from
-p without d otherwise. What comes out is distributed as p, whatever was proposed.
+A drafter proposes one chain of K tokens a row, without probabilities: its distribution q is a point mass. Then
+speculative sampling (arXiv 2211.17192, section 2.3) accepts token d with probability min(1, p(d) / q(d)) = p(d), and
+draws from p without d otherwise. What comes out is distributed as p, whatever was proposed.
 
 B rows, K proposed tokens, T = K + 1 positions, V target vocabulary.
 """
