@@ -41,6 +41,7 @@ def model_card(report: EntryReport, *, license_files: Sequence[str]) -> str:
         result_legend=RESULT_LEGEND,
         positions=markdown_table(position_rows(benchmark)),
         measured_on=hardware(benchmark),
+        dtype=entry.target.dtype,
         is_served="sglang" in benchmark.environment.versions,
         launch_lines=launch_lines(report),
         sources=[f"`{source.dataset}` ({source.split})" for source in entry.data.sources],
