@@ -6,11 +6,12 @@ import logging
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from specforge_core.artifacts import RECORD_NAME, seal
 from specforge_core.gpus import cpu_name, list_gpus
-from specforge_core.stages import SPECS
+from specforge_core.stages import SPECS, USER_ERROR_STATUS
 
 # Each module has `main(spec, out) -> facts`; imported one at a time, because most bring torch.
 MODULES = {
@@ -24,7 +25,7 @@ MODULES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 once the artifact in `--out` is whole."""
+    """Exit status 0 once the artifact in `--out` is whole, 2 for what a user must change first, 1 for all else."""
     parser = argparse.ArgumentParser(prog="python -m specforge_core", description=__doc__)
     parser.add_argument("stage", choices=sorted(MODULES))
     parser.add_argument(
@@ -47,7 +48,11 @@ def main(argv: list[str] | None = None) -> int:
     if (args.out / RECORD_NAME).exists():
         raise SystemExit(f"{args.out} holds a finished artifact already; name another --out or delete it")
     started_at = time.monotonic()
-    facts = importlib.import_module(MODULES[args.stage]).main(spec, args.out)
+    try:
+        facts = importlib.import_module(MODULES[args.stage]).main(spec, args.out)
+    except ValueError:
+        traceback.print_exc()
+        return USER_ERROR_STATUS
     if is_first_rank:
         seal(
             args.out,

@@ -33,6 +33,9 @@ from specforge_core.manifest import (
     TrainingConfig,
 )
 
+# Exit status of a stage whose spec cannot work (argparse's too): a second try fails like the first.
+USER_ERROR_STATUS = 2
+
 INPUT = "input"
 EXECUTION = "execution"
 InputDirectory = Annotated[Path, INPUT]

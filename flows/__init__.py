@@ -1,0 +1,1 @@
+"""Prefect flows: which tasks run, for which entries, in which order."""

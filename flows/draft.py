@@ -1,0 +1,24 @@
+"""The stages of one entry, in order."""
+
+from prefect import flow
+
+from flows import stages
+from specforge_core.artifacts import BuildArtifacts, Published, Rejected, Withheld
+from tasks.stage import EntryBuild
+
+
+@flow(name="build-draft", flow_run_name="{build.recipe.entry.name}", persist_result=False, validate_parameters=False)
+def build_draft(build: EntryBuild) -> Published | Rejected | Withheld:
+    """Build one draft model, from prompts to a published checkpoint."""
+    conversations = stages.regenerate(build)
+    vocabulary = stages.vocabulary(build, conversations)
+    hidden_states = stages.capture(build, conversations)
+    checkpoint = stages.train(build, hidden_states, vocabulary)
+    draft = stages.export(build, checkpoint)
+    benchmark = stages.benchmark(build, draft, conversations)
+    artifacts = BuildArtifacts(conversations, vocabulary, hidden_states, checkpoint, draft, benchmark)
+    failures = stages.check_gates(build.recipe.entry.gates, vocabulary.facts, benchmark.facts)
+    stages.report(build, artifacts, failures)
+    if failures:
+        return Rejected(failures=failures)
+    return stages.publish(build, artifacts) if build.publish else Withheld()

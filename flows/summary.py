@@ -1,0 +1,108 @@
+"""How a build ended: one row per entry, on the page of its run and in the tracker."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+
+from specforge_core.artifacts import Published, Record, Rejected, Store
+from specforge_core.benchmark.headline import headline
+from specforge_core.benchmark.report import markdown_table
+from specforge_core.ledger import Outcome, last_artifact
+
+MAX_ERROR_CHARS = 300
+
+
+class EntryRow(Record):
+    """How the build of one entry ended."""
+
+    entry: str
+    status: Literal["published", "passed", "rejected", "failed", "skipped"]
+    acceptance_length: float | None = None
+    """Mean over the suites, at the first serving configuration."""
+    speedup: float | None = None
+    detail: str
+    """Where it was published, the gates that failed, the error, or why it was skipped."""
+    elapsed_s: float | None = None
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether it makes the build's exit status non-zero."""
+        return self.status in ("rejected", "failed")
+
+    def cells(self) -> dict[str, str]:
+        """The row as text, by column."""
+        return {
+            "entry": self.entry,
+            "status": self.status,
+            "acceptance length": "" if self.acceptance_length is None else f"{self.acceptance_length:.2f}",
+            "speedup": "" if self.speedup is None else f"{self.speedup:.2f}x",
+            "seconds": "" if self.elapsed_s is None else f"{self.elapsed_s:.0f}",
+            "detail": self.detail,
+        }
+
+
+class BuildSummary(Record):
+    """How a whole build ended."""
+
+    rows: tuple[EntryRow, ...]
+    store: Path
+    tracking_uri: str
+    comparison_url: str | None
+    """The page that charts the entries' runs side by side; None if tracking failed."""
+
+    @property
+    def message(self) -> str:
+        """One sentence for the run's final state."""
+        failures = [row.entry for row in self.rows if row.is_failure]
+        num_built = sum(row.status != "skipped" for row in self.rows)
+        if failures:
+            return f"{len(failures)} of {num_built} entries did not pass: {', '.join(failures)}"
+        return f"{num_built} of {num_built} entries passed"
+
+    def markdown(self) -> str:
+        """The table of its rows."""
+        return f"{self.message}\n\n{markdown_table([row.cells() for row in self.rows])}\n"
+
+
+def row_of_outcome(name: str, outcome: Outcome, *, store: Path, elapsed_s: float) -> EntryRow:
+    """The row of a build that reached its end."""
+    status: Any
+    if isinstance(outcome, Published):
+        status, detail = "published", f"{outcome.path}{'' if outcome.changed else ' (unchanged)'}"
+    elif isinstance(outcome, Rejected):
+        status, detail = "rejected", "; ".join(failure.message for failure in outcome.failures)
+    else:
+        status, detail = "passed", "not published, as asked"
+    benchmark = last_artifact(Store(store), name, "benchmark")
+    means = headline(benchmark.facts) if benchmark else None
+    return EntryRow(
+        entry=name,
+        status=status,
+        acceptance_length=means.acceptance_length if means else None,
+        speedup=means.speedup if means else None,
+        detail=detail,
+        elapsed_s=elapsed_s,
+    )
+
+
+def row_of_error(name: str, error: BaseException) -> EntryRow:
+    """The row of a build that failed on the way."""
+    # The whole text is in the run's log; here its beginning says which stage and which status.
+    return EntryRow(entry=name, status="failed", detail=f"{type(error).__name__}: {error}"[:MAX_ERROR_CHARS])
+
+
+def show_summary(summary: BuildSummary) -> None:
+    """Put the rows, and links to what they speak of, on the page of the current flow run."""
+    create_table_artifact(
+        key="specbundle", table=[row.cells() for row in summary.rows], description="One row per entry of the build"
+    )
+    create_markdown_artifact(key="specbundle-summary", markdown=summary.markdown(), description="Summary of the build")
+    if summary.comparison_url:
+        create_link_artifact(
+            key="specbundle-comparison", link=summary.comparison_url, link_text="All entries side by side in MLflow"
+        )
+    for row in summary.rows:
+        if row.status == "published":
+            path = row.detail.removesuffix(" (unchanged)")
+            create_link_artifact(key=f"draft-{row.entry.replace('.', '-')}", link=Path(path).as_uri(), link_text=path)

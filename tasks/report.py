@@ -1,0 +1,33 @@
+"""Report: everything that one build made and measured, for people and as JSON."""
+
+from collections.abc import Sequence
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from specforge_core.artifacts import BuildArtifacts, GateFailure
+from specforge_core.benchmark.report import EntryReport, make_report, report_markdown, write_report
+from tasks.stage import EntryBuild
+
+
+@task(task_run_name="{build.recipe.entry.name} report", cache_policy=NO_CACHE, persist_result=False)
+def report(build: EntryBuild, artifacts: BuildArtifacts, failures: Sequence[GateFailure]) -> EntryReport:
+    """The report, also written to the store's `reports/`, shown by Prefect and kept by the tracker."""
+    recipe = build.recipe
+    made = make_report(recipe.entry, recipe.target, artifacts, failures)
+    path = write_report(build.store / "reports", made)
+    create_markdown_artifact(
+        key=artifact_key(f"report-{recipe.entry.name}"),
+        markdown=report_markdown(made),
+        description=f"Build of {recipe.entry.name}",
+    )
+    build.tracking.log_result(made.benchmark)
+    for file in (path, path.with_suffix(".json")):
+        build.tracking.log_file(file)
+    return made
+
+
+def artifact_key(name: str) -> str:
+    """A name as Prefect allows it for artifacts: lower-case letters, digits and dashes."""
+    return name.replace(".", "-")

@@ -1,0 +1,183 @@
+"""From a stage's spec to a supervised child process and a stored artifact; and the Prefect task round that."""
+
+import functools
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import MissingContextError
+from prefect.logging import get_run_logger
+from prefect.states import Completed
+
+from specforge_core.artifacts import LOG_NAME, METRICS_NAME, SPEC_NAME, Artifact, Record, Store, write_atomically
+from specforge_core.gpus import NO_DEVICES, Lease, lease_devices
+from specforge_core.ledger import record_stage
+from specforge_core.manifest import Config
+from specforge_core.plan import Recipe
+from specforge_core.process import ProcessError, SupervisedProcess, ending
+from specforge_core.stages import USER_ERROR_STATUS, StageSpec
+from tasks.tracking import TrackedRun
+
+FactsT = TypeVar("FactsT", bound=Record)
+P = ParamSpec("P")
+
+Logger = logging.Logger | logging.LoggerAdapter[Any]
+
+CPU_SLOT = "cpu"
+RETRY_DELAYS_S = [5.0, 30.0]
+
+
+class EntryBuild(Config):
+    """One entry on its way through the stages."""
+
+    recipe: Recipe
+    store: Path
+    gpus: tuple[str, ...]
+    """Ids of the GPUs that this host may use."""
+    publish: bool
+    """Whether a draft that passes its gates is published."""
+    tracking: TrackedRun
+
+
+class StageResult(NamedTuple, Generic[FactsT]):
+    """An artifact, and whether it was there already."""
+
+    artifact: Artifact[FactsT]
+    is_reused: bool
+
+
+class StageError(RuntimeError):
+    """A stage whose process failed, with its last lines."""
+
+    def __init__(self, stage: str, error: ProcessError, log: Path) -> None:
+        self.stage, self.status = stage, error.status
+        lines = "\n".join(error.last_lines)
+        super().__init__(f"stage {stage} ended with status {error.status}; whole log: {log}; its last lines:\n{lines}")
+
+
+def run_logger() -> Logger:
+    """The logger of the current task or flow run; outside of one, this module's."""
+    try:
+        return get_run_logger()
+    except MissingContextError:
+        return logging.getLogger(__name__)
+
+
+def run_stage(spec: StageSpec, build: EntryBuild) -> StageResult[Any]:
+    """The artifact of a spec: the stored one, else the one that the stage's own process builds now.
+
+    Raises: StageError if that process fails or is stopped; what it has done so far is kept for the next try.
+    """
+    store, stage, key = Store(build.store), spec.stage, spec.key()
+    found = store.find(stage, key, spec.facts_type)
+    artifact = found or _build(spec, key, build, store)
+    record_stage(build.store, build.recipe.entry.name, stage=stage, key=key)
+    if found:
+        build.tracking.log_metrics_file(found.path / METRICS_NAME, stage=stage)
+    build.tracking.log_artifact_record(artifact)
+    return StageResult(artifact, is_reused=found is not None)
+
+
+def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store) -> Artifact[Any]:
+    logger = run_logger()
+    with store.building(spec.stage, key) as (directory, lock_fd):
+        # Another build may have made it while this one waited.
+        if found := store.find(spec.stage, key, spec.facts_type):
+            return found
+        spec_path = directory / SPEC_NAME
+        write_atomically(spec_path, spec.model_dump_json(indent=1) + "\n")
+        log = directory / LOG_NAME
+        with (
+            _lease(spec, build) as lease,
+            build.tracking.follow(directory / METRICS_NAME, stage=spec.stage),
+            SupervisedProcess(
+                f"stage {spec.stage}",
+                stage_command(spec, spec_path, directory),
+                log=log,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(lease.devices) if spec.device == "cuda" else ""},
+                on_line=logger.info,
+                hold_fds=(lock_fd, *lease.fds),
+            ) as process,
+        ):
+            try:
+                process.wait()
+            except ProcessError as error:
+                raise StageError(spec.stage, error, log) from error
+        return store.commit(directory, spec.stage, key, spec.facts_type)
+
+
+def stage_command(spec: StageSpec, spec_path: Path, out: Path) -> list[str]:
+    """The command line of a stage; a spec that asks for several processes runs under torchrun."""
+    num_processes = getattr(spec, "num_processes", 1)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    stage = ["-m", "specforge_core", spec.stage, "--spec", str(spec_path), "--out", str(out)]
+    return [sys.executable, *(launcher if num_processes > 1 else []), *stage]
+
+
+def device_lock_dir() -> Path:
+    """Where the leases of this host's devices lie: common to every store and build of this user."""
+    return Path(tempfile.gettempdir()) / f"specbundle-devices-{os.getuid()}"
+
+
+@contextmanager
+def _lease(spec: StageSpec, build: EntryBuild) -> Iterator[Lease]:
+    """The devices that a stage computes on, for itself."""
+    num_gpus = build.recipe.entry.resources.num_gpus
+    if spec.device == "cuda":
+        wanted, devices, kind = num_gpus, build.gpus, "gpu"
+    elif num_gpus == 0:
+        # One CPU stage at a time: each takes every core, and a benchmark must not share them.
+        wanted, devices, kind = 1, (CPU_SLOT,), "cpu"
+    else:
+        # A short CPU stage of an entry that otherwise uses GPUs.
+        yield NO_DEVICES
+        return
+    with lease_devices(wanted, devices=devices, lock_dir=device_lock_dir() / kind, cancelled=ending) as lease:
+        yield lease
+
+
+def _is_worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, StageError) and error.status != USER_ERROR_STATUS and not ending.is_set()
+
+
+def stage_task(*, retries: int = 0) -> Callable[[Callable[P, StageResult[FactsT]]], Callable[P, Artifact[FactsT]]]:
+    """Make a Prefect task of a function that runs a stage; calling it gives the artifact.
+
+    A reused artifact shows as `Cached`. Prefect's own cache stays off: it trusts paths whose files are gone.
+    Args: retries: only for stages that talk to a network; a diverged loss diverges again.
+    """
+
+    def decorate(function: Callable[P, StageResult[FactsT]]) -> Callable[P, Artifact[FactsT]]:
+        @task(
+            name=function.__name__,
+            task_run_name=f"{{build.recipe.entry.name}} {function.__name__}",
+            cache_policy=NO_CACHE,
+            persist_result=False,
+            retries=retries,
+            retry_delay_seconds=RETRY_DELAYS_S[:retries],
+            retry_condition_fn=_is_worth_a_retry,
+        )
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> Any:
+            artifact, is_reused = function(*args, **kwargs)
+            if is_reused:
+                return Completed(name="Cached", message=f"{artifact.key} is up to date", data=artifact)
+            return artifact
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> Artifact[FactsT]:
+            # A task that answers with a state returns that state when it is called; its result is the data either way.
+            artifact: Artifact[FactsT] = run(*args, return_state=True, **kwargs).result()
+            return artifact
+
+        return call
+
+    return decorate

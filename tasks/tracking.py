@@ -1,0 +1,257 @@
+"""The only MLflow code: one run per build, one per entry, curves that grow while stages run.
+
+Two experiments, because MLflow's chart view compares the runs of one experiment and hides nested ones. A run is named
+by URI and id, so that tasks on any thread can add to it. Tracking that fails warns once and is left out from there on.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Concatenate, Literal, ParamSpec
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+
+from specforge_core.artifacts import RECORD_NAME, Artifact, BenchmarkResult
+from specforge_core.benchmark.headline import headline
+from specforge_core.manifest import Config
+
+logger = logging.getLogger(__name__)
+
+BUILDS = "specbundle-builds"
+ENTRIES = "specbundle-entries"
+FOLLOW_INTERVAL_S = 2.0
+# MLflow's limits of one request.
+MAX_METRICS_PER_CALL = 1000
+MAX_PARAM_CHARS = 6000
+# Without these a server that is gone holds a build for minutes before tracking gives up.
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+PORT = 5000
+
+P = ParamSpec("P")
+
+_failed_uris: set[str] = set()
+
+
+def tracking_uri(store: Path) -> str:
+    """MLFLOW_TRACKING_URI, else a sqlite database in the store: an absolute path, whatever the current directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.absolute() / 'mlflow.db'}"
+
+
+def server_command(uri: str, *, port: int = PORT) -> list[str]:
+    """The command that shows a database of this host in a browser."""
+    return ["mlflow", "server", "--backend-store-uri", uri, "--port", str(port), "--workers", "1"]
+
+
+@functools.lru_cache(maxsize=8)
+def _client(uri: str) -> MlflowClient:
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri)
+
+
+@contextlib.contextmanager
+def _never_fails(uri: str) -> Iterator[None]:
+    """Around every use of MLflow: a tracking server is no reason to lose a build."""
+    try:
+        yield
+    except Exception as error:
+        if uri not in _failed_uris:
+            _failed_uris.add(uri)
+            logger.warning("tracking at %s fails, and the build goes on without it: %s", uri, error)
+
+
+def _tracked(method: Callable[Concatenate["TrackedRun", P], None]) -> Callable[Concatenate["TrackedRun", P], None]:
+    """A method that does nothing where tracking has failed, and never raises."""
+
+    @functools.wraps(method)
+    def call(run: "TrackedRun", *args: P.args, **kwargs: P.kwargs) -> None:
+        if run.run_id is not None and run.uri not in _failed_uris:
+            with _never_fails(run.uri):
+                method(run, *args, **kwargs)
+
+    return call
+
+
+class TrackedRun(Config):
+    """One MLflow run; without an id, tracking failed to start and every method does nothing."""
+
+    uri: str
+    run_id: str | None = None
+
+    @_tracked
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Add parameters, one for each leaf of nested values."""
+        leaves = dict(_leaves(params))
+        _client(self.uri).log_batch(self.run_id, params=[Param(k, v[:MAX_PARAM_CHARS]) for k, v in leaves.items()])
+
+    @_tracked
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Add tags."""
+        _client(self.uri).log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+
+    @_tracked
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Add final values."""
+        now_ms = int(time.time() * 1000)
+        _client(self.uri).log_batch(self.run_id, metrics=[Metric(k, v, now_ms, 0) for k, v in metrics.items()])
+
+    @_tracked
+    def log_file(self, path: Path) -> None:
+        """Keep a copy of a file with the run."""
+        _client(self.uri).log_artifact(self.run_id, str(path))
+
+    @_tracked
+    def log_text(self, name: str, text: str) -> None:
+        """Keep a text with the run, as a file of this name."""
+        _client(self.uri).log_text(self.run_id, text, name)
+
+    @_tracked
+    def log_artifact_record(self, artifact: Artifact[Any]) -> None:
+        """Tag the run with an artifact's digests, and keep its record."""
+        stage, client = artifact.stage, _client(self.uri)
+        digests = {"key": artifact.key, "content_id": artifact.content_id}
+        inputs = {f"input.{name}": content_id for name, content_id in artifact.inputs.items()}
+        tags = [RunTag(f"{stage}.{name}", value) for name, value in (digests | inputs).items()]
+        client.log_batch(self.run_id, tags=tags)
+        client.log_artifact(self.run_id, str(artifact.path / RECORD_NAME), artifact_path=stage)
+
+    @_tracked
+    def log_result(self, result: BenchmarkResult) -> None:
+        """Add the figures that entries are compared by."""
+        self.log_metrics(result_metrics(result))
+
+    @_tracked
+    def log_metrics_file(self, path: Path, *, stage: str) -> None:
+        """Add the whole curves of a stage that ran before."""
+        _MetricsFile(path, stage).send(self)
+
+    @contextlib.contextmanager
+    def follow(self, path: Path, *, stage: str) -> Iterator[None]:
+        """Meanwhile, and once more at the end, add what the stage appends to its metrics file."""
+        file, done = _MetricsFile(path, stage), threading.Event()
+
+        def send_until_done() -> None:
+            while not done.wait(FOLLOW_INTERVAL_S):
+                self._send(file)
+            self._send(file)
+
+        follower = threading.Thread(target=send_until_done, name=f"metrics of {stage}", daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            done.set()
+            follower.join()
+
+    @_tracked
+    def _send(self, file: "_MetricsFile") -> None:
+        file.send(self)
+
+    @_tracked
+    def end(self, status: Literal["FINISHED", "FAILED"]) -> None:
+        """Close the run."""
+        _client(self.uri).set_terminated(self.run_id, status)
+
+
+def comparison_url(store: Path, *, port: int = PORT) -> str | None:
+    """The page that charts the runs of all entries side by side; None while there are none."""
+    uri = tracking_uri(store)
+    experiment = None
+    if uri not in _failed_uris:
+        with _never_fails(uri):
+            experiment = _client(uri).get_experiment_by_name(ENTRIES)
+    if experiment is None:
+        return None
+    base = uri if uri.startswith("http") else f"http://127.0.0.1:{port}"
+    return f"{base.rstrip('/')}/#/experiments/{experiment.experiment_id}/runs?compareRunsMode=CHART"
+
+
+def start_run(experiment: str, name: str, *, store: Path, tags: Mapping[str, str]) -> TrackedRun:
+    """A new run in that experiment, which is created if need be."""
+    uri = tracking_uri(store)
+    with _never_fails(uri):
+        client = _client(uri)
+        experiment_id = _experiment_id(client, experiment, store)
+        run = client.create_run(experiment_id, run_name=name, tags=dict(tags))
+        # A server that came back is given another chance with each new run.
+        _failed_uris.discard(uri)
+        return TrackedRun(uri=uri, run_id=run.info.run_id)
+    return TrackedRun(uri=uri)
+
+
+_create_lock = threading.Lock()
+
+
+def _experiment_id(client: MlflowClient, name: str, store: Path) -> str:
+    with _create_lock:
+        if found := client.get_experiment_by_name(name):
+            return str(found.experiment_id)
+        # A server decides for itself where its artifacts lie.
+        is_local = client.tracking_uri.startswith("sqlite:")
+        location = (store.absolute() / "mlflow" / name).as_uri() if is_local else None
+        return str(client.create_experiment(name, artifact_location=location))
+
+
+class _MetricsFile:
+    """The lines of a `metrics.jsonl` that were not sent yet: JSON objects with `step` and numbers.
+
+    Lines are known by their text, not by their place: a resumed stage takes back those after its checkpoint and writes
+    them again.
+    """
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self._path, self._stage = path, stage
+        self._sent: set[bytes] = set()
+
+    def send(self, run: TrackedRun) -> None:
+        metrics = self._new_metrics()
+        for start in range(0, len(metrics), MAX_METRICS_PER_CALL):
+            _client(run.uri).log_batch(run.run_id, metrics=metrics[start : start + MAX_METRICS_PER_CALL])
+
+    def _new_metrics(self) -> list[Metric]:
+        if not self._path.is_file():
+            return []
+        # A last line without its end is still being written.
+        whole = [line for line in self._path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        new = [line for line in whole if line not in self._sent]
+        self._sent.update(new)
+        now_ms = int(time.time() * 1000)
+        return [
+            Metric(name if "/" in name else f"{self._stage}/{name}", float(value), now_ms, int(line.get("step", 0)))
+            for line in map(json.loads, new)
+            for name, value in line.items()
+            if name != "step" and isinstance(value, int | float)
+        ]
+
+
+def result_metrics(result: BenchmarkResult) -> dict[str, float]:
+    """`accept_length/<suite>` and `speedup/<suite>`, and their means; the prefix makes a section of the chart view.
+
+    The first serving configuration has the plain names; others follow as `<suite>-c<concurrency>-s<steps>`.
+    """
+    metrics: dict[str, float] = {}
+    for measurement in result.measurements:
+        serving = measurement.serving
+        is_first = serving == result.measurements[0].serving
+        suite = measurement.suite + ("" if is_first else f"-c{serving.concurrency}-s{serving.num_steps}")
+        metrics[f"accept_length/{suite}"] = measurement.acceptance_length
+        metrics[f"speedup/{suite}"] = measurement.speedup
+    if means := headline(result):
+        metrics |= {"accept_length/mean": means.acceptance_length, "speedup/mean": means.speedup}
+    return metrics
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _leaves(item, f"{path}.{name}" if path else str(name))
+    else:
+        yield path, str(value)
