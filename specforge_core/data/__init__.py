@@ -1,0 +1,1 @@
+"""From prompts to what training reads: regenerated conversations, the draft vocabulary, packed batches."""

@@ -1,0 +1,76 @@
+"""Completions of an unfinished stage, kept line by line, so that a kill costs what was in flight and no more."""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+from specforge_core.targets import Completion
+
+logger = logging.getLogger(__name__)
+
+SYNC_INTERVAL_S = 1.0
+"""What a power failure may cost. What a killed process wrote is safe with the kernel."""
+
+
+class Journal:
+    """An append-only JSON Lines file of completions; memory holds only where each one lies."""
+
+    def __init__(self, path: Path, *, key: str) -> None:
+        """Open the journal, or begin one. Raises: ValueError if it was begun for another key."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        self._offsets: dict[str, int] = {}
+        self._synced_at = time.monotonic()
+        self._file.seek(0)
+        end = 0
+        for line in self._file:
+            # A kill in the middle of a write leaves a line without its end.
+            if not line.endswith(b"\n"):
+                logger.warning("%s: dropped an unfinished line of %d bytes", path, len(line))
+                break
+            fields = json.loads(line)
+            if end > 0:
+                self._offsets[fields["id"]] = end
+            elif fields["key"] != key:
+                raise ValueError(
+                    f"{path} was begun for spec {fields['key']}, this is {key}: delete it or name another folder"
+                )
+            end += len(line)
+        self._file.truncate(end)
+        if end == 0:
+            self._write({"key": key})
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, request_id: str) -> Completion:
+        """The completion of a request. Raises: KeyError if it has none."""
+        self._file.seek(self._offsets[request_id])
+        fields = json.loads(self._file.readline())
+        return Completion(fields["id"], tuple(fields["token_ids"]), fields["finish_reason"])
+
+    def append(self, completion: Completion) -> None:
+        """Add a completion. Raises: ValueError if its request has one already."""
+        if completion.id in self:
+            raise ValueError(f"request {completion.id} was answered twice")
+        self._offsets[completion.id] = self._write(completion._asdict())
+
+    def close(self) -> None:
+        """Bring everything to the disk and close the file."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _write(self, value: dict[str, object]) -> int:
+        """Where the new line starts, in bytes."""
+        offset = self._file.seek(0, os.SEEK_END)
+        self._file.write(json.dumps(value, separators=(",", ":")).encode() + b"\n")
+        self._file.flush()
+        if time.monotonic() - self._synced_at >= SYNC_INTERVAL_S:
+            os.fsync(self._file.fileno())
+            self._synced_at = time.monotonic()
+        return offset

@@ -1,0 +1,205 @@
+"""Prompts from a data set: what a person asked, without the answers that somebody else's model gave. Torch-free."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypedDict, cast, get_args
+
+from specforge_core.digests import digest
+from specforge_core.manifest import PromptSource
+
+logger = logging.getLogger(__name__)
+
+DEMO_DATASET = "builtin:demo"
+DEMO_SEED = 1
+"""The demo target is trained on another stream of the same corpus."""
+
+# In the order of preference: a whole conversation says more than its first question.
+PROMPT_COLUMNS = ("messages", "conversations", "turns", "prompt", "question", "instruction", "text")
+INSTRUCTION_INPUT = "input"
+"""The material that an `instruction` is about, in a column of its own."""
+FINAL_ANSWER_COLUMN = "final_answer"
+
+ACCEPTED_FORMS = (
+    "`messages` (role, content), `conversations` (from, value), `turns` (user turns), "
+    "or one prompt in `prompt`, `question`, `instruction` (with `input`) or `text`"
+)
+FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+Role = Literal["system", "user", "assistant"]
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+
+
+class Message(TypedDict):
+    """One turn, in the form of the OpenAI chat API."""
+
+    role: Role
+    content: str
+
+
+class Prompt(NamedTuple):
+    """What the target is asked: system prompt, if any, and user turns. It answers every user turn itself."""
+
+    id: str
+    """Digest of the messages, so that equal prompts have equal ids."""
+    source: str
+    messages: tuple[Message, ...]
+    final_answer: str | None = None
+    """A short answer that the data set says is right."""
+
+
+class UnusableRow(NamedTuple):
+    """A row that holds no prompt."""
+
+    source: str
+    position: int
+    reason: str
+
+
+class _Unusable(ValueError):
+    """Why a row holds no prompt."""
+
+
+class _Row(NamedTuple):
+    prompt: Any
+    """In any accepted form, or in none."""
+    final_answer: str | None
+
+
+def load_prompts(source: PromptSource) -> Iterator[Prompt]:
+    """The prompts of a source in its own order; rows that hold none are counted and logged.
+
+    Raises: ValueError if no column holds prompts in a known form, or for the endless demo corpus without a limit.
+    """
+    num_unusable = 0
+    for row in read_rows(source):
+        if isinstance(row, Prompt):
+            yield row
+        else:
+            num_unusable += 1
+            logger.debug("%s row %d: %s", *row)
+    if num_unusable:
+        logger.warning("%s: %d rows hold no usable prompt", source_name(source), num_unusable)
+
+
+def read_rows(source: PromptSource) -> Iterator[Prompt | UnusableRow]:
+    """One prompt, or the reason why there is none, for each row of the source. Raises: as `load_prompts`."""
+    name = source_name(source)
+    rows = _demo_rows(source) if source.dataset == DEMO_DATASET else _dataset_rows(source)
+    for position, row in enumerate(rows):
+        try:
+            messages = asked_messages(row.prompt)
+        except _Unusable as reason:
+            yield UnusableRow(name, position, str(reason))
+            continue
+        yield Prompt(digest(messages), name, messages, row.final_answer)
+
+
+def source_name(source: PromptSource) -> str:
+    """The source in words, without the folder that a local file happens to lie in."""
+    is_local = source.dataset != DEMO_DATASET and Path(source.dataset).exists()
+    dataset = Path(source.dataset).name if is_local else source.dataset
+    return "/".join(part for part in (dataset, source.config, source.split) if part)
+
+
+def asked_messages(prompt: Any) -> tuple[Message, ...]:
+    """The system and user turns of a prompt in any accepted form; assistant turns are left out.
+
+    User turns that follow each other are answered one by one, like any others.
+    """
+    if not isinstance(prompt, str | Sequence):
+        raise _Unusable(f"a prompt is a text or a list of turns, this is {_shown(prompt)}")
+    turns = [prompt] if isinstance(prompt, str) else prompt
+    messages = [message for turn in turns if (message := _message(turn))["role"] != "assistant"]
+    # An empty system prompt is how many data sets write that there is none.
+    messages = [message for message in messages if message["role"] != "system" or message["content"].strip()]
+    if not any(message["role"] == "user" for message in messages):
+        raise _Unusable("no user turn")
+    for i, message in enumerate(messages):
+        if message["role"] == "system" and i > 0:
+            raise _Unusable("a system turn after another turn")
+        if not message["content"].strip():
+            raise _Unusable("an empty user turn")
+    return tuple(messages)
+
+
+def _message(turn: Any) -> Message:
+    if isinstance(turn, str):
+        return {"role": "user", "content": turn}
+    if not isinstance(turn, Mapping):
+        raise _Unusable(f"a turn is a text, or has a role and a content; this is {_shown(turn)}")
+    # A data set with both forms has every key in every turn, None where it is not used.
+    role = turn.get("role") or turn.get("from")
+    if not isinstance(role, str) or role not in ROLES:
+        raise _Unusable(f"role {role!r} is not one of {', '.join(ROLES)}")
+    content = turn.get("value") if turn.get("content") is None else turn["content"]
+    # What somebody else's assistant said may be anything: a tool call, an image, nothing.
+    return {"role": ROLES[role], "content": "" if ROLES[role] == "assistant" else _text(content)}
+
+
+def _text(content: Any) -> str:
+    """A turn's content as text: a string, or a list of text parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        raise _Unusable(f"a turn's content is a text or a list of text parts, this is {_shown(content)}")
+    parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+    texts = [part for part in parts if isinstance(part, str)]
+    if len(texts) < len(parts):
+        raise _Unusable(f"a part of a turn is no text: {_shown(content)}")
+    return "\n".join(texts)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _demo_rows(source: PromptSource) -> Iterator[_Row]:
+    from specforge_core.demo import corpus
+
+    if source.split not in get_args(corpus.Split):
+        raise ValueError(f"{DEMO_DATASET} has the splits {', '.join(get_args(corpus.Split))}, not {source.split!r}")
+    if source.limit is None:
+        raise ValueError(f"{DEMO_DATASET} is endless: give its source a `limit`")
+    conversations = corpus.generate(cast(corpus.Split, source.split), seed=DEMO_SEED, family=source.config)
+    for conversation in islice(conversations, source.limit):
+        yield _Row(conversation.messages, conversation.final_answer)
+
+
+def _dataset_rows(source: PromptSource) -> Iterator[_Row]:
+    dataset = _load_dataset(source)
+    column = source.column or next((name for name in PROMPT_COLUMNS if name in dataset.column_names), None)
+    if column not in dataset.column_names:
+        wanted = f"column={column!r} is not there" if column else "no column holds prompts in a known form"
+        raise ValueError(
+            f"{source_name(source)}: {wanted}; it has {', '.join(dataset.column_names)}. "
+            f"Accepted: {ACCEPTED_FORMS}; or name the `column` that holds one of these forms"
+        )
+    columns = [name for name in (column, INSTRUCTION_INPUT, FINAL_ANSWER_COLUMN) if name in dataset.column_names]
+    for row in islice(dataset.select_columns(list(dict.fromkeys(columns))), source.limit):
+        prompt, final_answer = row[column], row.get(FINAL_ANSWER_COLUMN)
+        if column == "instruction" and isinstance(prompt, str) and row.get(INSTRUCTION_INPUT):
+            prompt = f"{prompt}\n\n{row[INSTRUCTION_INPUT]}"
+        yield _Row(prompt, None if final_answer is None else str(final_answer))
+
+
+def _load_dataset(source: PromptSource) -> Any:
+    # `datasets` takes a second to import, and the demo corpus does without.
+    from datasets import load_dataset
+
+    path = Path(source.dataset)
+    if not path.is_file():
+        return load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
+    suffixes = [suffix for suffix in path.suffixes if suffix in FILE_BUILDERS]
+    if not suffixes:
+        raise ValueError(f"{path}: a local file of prompts ends in one of {', '.join(FILE_BUILDERS)}")
+    return load_dataset(FILE_BUILDERS[suffixes[-1]], data_files=str(path), split=source.split)
