@@ -79,7 +79,7 @@ def problems_in(
     if defaults and (name := defaults.child("name")):
         found.append(Problem(name.line, ("name",), "belongs to each entry", "defaults"))
 
-    reached: dict[Problem, list[str]] = {}
+    reached: dict[tuple[Problem, bool], list[str]] = {}
     for details in error.errors(include_url=False) if error else ():
         if details["type"] == "too_short" and len(details["input"]) >= details["ctx"]["min_length"]:
             # Its items are wrong, and reported one by one.
@@ -90,13 +90,15 @@ def problems_in(
         node = merged.deepest(path)
         problem = _attributed(Problem(node.line, path, _message(details, model)), names)
         if defaults and defaults.contains(node):
-            reached.setdefault(problem._replace(where="defaults"), []).append(problem.where)
+            # A check over several fields may find a default at odds with what an entry says.
+            is_all_default = defaults.contains(merged.deepest(details["loc"]))
+            reached.setdefault((problem._replace(where="defaults"), is_all_default), []).append(problem.where)
         else:
             found.append(problem)
     num_merged = sum(isinstance(entry.value, dict) for entry in entries)
-    for problem, hit in reached.items():
-        everywhere = len(hit) == num_merged
-        found.append(problem if everywhere else problem._replace(where=f"defaults, as used by {', '.join(hit)}"))
+    for (problem, is_all_default), hit in reached.items():
+        is_general = is_all_default and len(hit) == num_merged
+        found.append(problem if is_general else problem._replace(where=f"defaults, as used by {', '.join(hit)}"))
     return found
 
 

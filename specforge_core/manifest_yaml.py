@@ -138,10 +138,12 @@ def _located(loader: _Loader, node: yaml.Node, path: Path, problems: list[Proble
         value = dict(_items(loader, node, path, problems))
     elif isinstance(node, yaml.SequenceNode):
         value = [_located(loader, item, (*path, i), problems) for i, item in enumerate(node.value)]
-    elif node.tag.removeprefix(_TAG) in (*_CORE_SCHEMA, "str"):
-        value = loader.construct_object(node)
     else:
-        problems.append(Problem(start.line + 1, path, f"the tag {node.tag} is not allowed here"))
+        is_plain = node.style is None
+        own_tag = loader.resolve(yaml.ScalarNode, node.value, (is_plain, not is_plain))
+        if node.tag != own_tag:
+            problems.append(Problem(start.line + 1, path, f"the tag {node.tag} is not allowed here; remove it"))
+        value = loader.construct_object(yaml.ScalarNode(own_tag, node.value))
     return Node(value, line=start.line + 1, column=start.column, start=start.index, end=node.end_mark.index)
 
 

@@ -1,0 +1,310 @@
+"""The manifest: what loads, and what every mistake says. Line numbers are counted by eye in the texts below."""
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from specforge_core.manifest import Eagle3Config, Manifest, ManifestEntry, TrainingConfig
+from specforge_core.manifest_errors import ManifestError
+
+SHIPPED = Path(__file__).parents[1] / "bundle_manifest.yaml"
+# 16 lines; an entry's own sections may follow from line 17 on.
+VALID = """\
+version: 1
+defaults:
+  data:
+    sources:
+      - {dataset: prompts.jsonl}
+  training:
+    learning_rate: 1e-4
+    betas: [0.9, 0.95]
+  benchmark:
+    suites:
+      - name: math
+        source: {dataset: math.jsonl}
+entries:
+  - name: one
+    target:
+      model: some/target
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "bundle_manifest.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def errors_of(tmp_path: Path, text: str) -> list[str]:
+    """The lines of the error, without the folder."""
+    with pytest.raises(ManifestError) as raised:
+        Manifest.load(write(tmp_path, text))
+    return str(raised.value).replace(f"{tmp_path}/", "").splitlines()
+
+
+def test_the_shipped_manifest_holds_the_demo_and_every_target_of_the_bundle() -> None:
+    manifest = Manifest.load(SHIPPED)
+    by_name = {entry.name: entry for entry in manifest.entries}
+    assert by_name["demo"].resources.num_gpus == 0
+    assert manifest.base_dir == SHIPPED.parent
+    assert {entry.target.model for name, entry in by_name.items() if name != "demo"} == {
+        "meta-llama/Llama-3.1-8B-Instruct",
+        "meta-llama/Llama-3.3-70B-Instruct",
+        "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+        "meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8",
+        "Qwen/Qwen3-8B",
+        "Qwen/Qwen3-30B-A3B-Instruct-2507",
+        "Qwen/Qwen3-235B-A22B-Instruct-2507",
+        "Qwen/Qwen3-Next-80B-A3B-Instruct-FP8",
+        "Qwen/Qwen3-Coder-30B-A3B-Instruct",
+        "Qwen/Qwen3-Coder-480B-A35B-Instruct",
+        "openai/gpt-oss-20b",
+        "openai/gpt-oss-120b",
+        "inclusionAI/Ling-flash-2.0",
+        "moonshotai/Kimi-K2-Instruct",
+    }
+
+
+def test_defaults_merge_section_by_section_and_lists_replace(tmp_path: Path) -> None:
+    text = VALID + "    training: {num_epochs: 5}\n    data: {sources: [{dataset: own.jsonl}], seed: 7}\n"
+    (entry,) = Manifest.load(write(tmp_path, text)).entries
+    assert (entry.training.num_epochs, entry.training.learning_rate) == (5, 1e-4)
+    assert [source.dataset for source in entry.data.sources] == ["own.jsonl"]
+    assert entry.data.seed == 7
+
+
+def test_scalars_are_read_as_yaml_1_2_reads_them(tmp_path: Path) -> None:
+    text = VALID + "    data: {sources: [{dataset: own.jsonl, split: no, config: 2024-01-01}], seed: 1_000}\n"
+    (entry,) = Manifest.load(write(tmp_path, text)).entries
+    (source,) = entry.data.sources
+    assert (source.split, source.config, entry.data.seed) == ("no", "2024-01-01", 1000)
+
+
+@pytest.mark.parametrize(
+    ("addition", "line", "message"),
+    [
+        ("    training: {learning_rat: 1}", 17, 'training.learning_rat: unknown key; did you mean "learning_rate"?'),
+        ("    gate: {}", 17, 'gate: unknown key; did you mean "gates"?'),
+        ("    resources: {xyz: 1}", 17, "resources.xyz: unknown key; known: num_gpus"),
+        ("    training:\n      num_epochs: '3'", 18, 'training.num_epochs: should be a whole number, got "3"'),
+        ("    resources: {num_gpus: true}", 17, "resources.num_gpus: should be a whole number, got true"),
+        ("    resources: {num_gpus: 1.5}", 17, "resources.num_gpus: should be a whole number, got 1.5"),
+        ("    training: 5", 17, "training: should be a section of keys and values, got 5"),
+        ("    draft:", 17, "draft: should be a section of keys and values, got null"),
+        ("    data: {sources: a.jsonl}", 17, 'data.sources: should be a list, got "a.jsonl"'),
+        ("    data: {sources: []}", 17, "data.sources: should not be empty, got []"),
+        ("    features: {dtype: int8}", 17, "features.dtype: should be 'bfloat16' or 'float32', got \"int8\""),
+        ("    training: {learning_rate: -1}", 17, "training.learning_rate: should be greater than 0, got -1"),
+        ("    training: {learning_rate: .inf}", 17, "training.learning_rate: should be a finite number, got Infinity"),
+        ("    training: {learning_rate: .nan}", 17, "training.learning_rate: should be a finite number, got NaN"),
+        ("    training: {betas: [0.9, 1.0]}", 17, "training.betas[1]: should be less than 1, got 1.0"),
+        ("    draft: {num_steps: 99}", 17, "draft.num_steps: should be less than or equal to 16, got 99"),
+        ("    draft: {aux_layers: [1, 2]}", 17, "draft.aux_layers[2]: is required, "),
+        ("    draft: {aux_layers: [1, 3, 3]}", 17, "draft.aux_layers: [1, 3, 3] should be three different layers"),
+        ("    draft: {aux_layers: [-1, 3, 4]}", 17, "draft.aux_layers: [-1, 3, 4] should be three different layers"),
+        (
+            "    draft:\n      num_attention_heads: 6\n      num_key_value_heads: 4",
+            19,
+            "draft.num_key_value_heads: 4 KV heads cannot be shared evenly by num_attention_heads=6",
+        ),
+        (
+            "    training:\n      tokens_per_batch: 4096",
+            17,
+            "training.tokens_per_micro_batch: 8192 is more than tokens_per_batch=4096, of which it is a part; "
+            "lower it or raise tokens_per_batch",
+        ),
+        (
+            "    training:\n      tokens_per_micro_batch: 99\n      max_document_tokens: 100",
+            19,
+            "training.max_document_tokens: 100 is more than tokens_per_micro_batch=99",
+        ),
+        (
+            "    benchmark:\n      serving:\n        - {num_steps: 3, num_draft_tokens: 5}",
+            19,
+            "benchmark.serving[0].num_draft_tokens: 5 does not fit num_steps=3: a chain verifies num_steps + 1 = 4",
+        ),
+        (
+            "    benchmark:\n      serving:\n        - {concurrency: 1}\n        - {num_steps: 3}",
+            20,
+            "benchmark.serving[1]: is the same as an earlier one; remove it",
+        ),
+        (
+            "    benchmark:\n      suites:\n        - {name: a, source: {dataset: x.jsonl}}\n"
+            "        - {name: a, source: {dataset: y.jsonl}}",
+            20,
+            'benchmark.suites[1].name: "a" is another suite\'s name already; choose another',
+        ),
+        (
+            "    benchmark: {suites: [{name: ../a, source: {dataset: x.jsonl}}]}",
+            17,
+            'benchmark.suites[0].name: "../a" should be 1 to 64 of',
+        ),
+        (
+            "    data: {sources: [{dataset: 'builtin:nothing'}]}",
+            17,
+            'data.sources[0].dataset: "builtin:nothing" is not built in; the only one is "builtin:demo"',
+        ),
+        (
+            "    gates: {min_acceptance_length: 4.5}",
+            17,
+            "gates.min_acceptance_length: 4.5 can never be reached: a step of the shortest chain in benchmark.serving "
+            "emits at most 4 tokens",
+        ),
+        ("    gates: {min_speedup: 4.5}", 17, "gates.min_speedup: 4.5 can never be reached: a step emits at most 4"),
+        (
+            "    gates: {min_speedup: 1.5}\n    benchmark: {serving: [{concurrency: 8}]}",
+            17,
+            "gates.min_speedup: 1.5 is required at concurrency 1, where nothing is measured",
+        ),
+        (
+            "    draft: {num_steps: 2}\n    benchmark: {serving: [{num_steps: 5, num_draft_tokens: 6}]}",
+            18,
+            "benchmark.serving[0].num_steps: 5 is more than 4, 2 times the draft.num_steps=2 that training unrolls",
+        ),
+        ("    publish: {repository: ../..}", 17, 'publish.repository: "../.." should be a Hub id'),
+        ("    gates: {}\n    gates: {}", 18, "gates: is there already, on line 17; keep one"),
+        ("    gates: {min_speedup: !x 1}", 17, "gates.min_speedup: the tag !x is not allowed here"),
+        ("    gates: {min_speedup: !!float 1}", 17, "gates.min_speedup: the tag tag:yaml.org,2002:float is not"),
+    ],
+)
+def test_a_mistake_in_an_entry_names_line_entry_key_and_way_out(
+    tmp_path: Path, addition: str, line: int, message: str
+) -> None:
+    errors = errors_of(tmp_path, VALID + addition)
+    assert [error for error in errors if error.startswith(f'bundle_manifest.yaml:{line}: entry "one": {message}')], (
+        errors
+    )
+    assert len(errors) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", "bundle_manifest.yaml:1: is empty; it needs `version: 1` and `entries:`"),
+        ("# only a comment\n", "bundle_manifest.yaml:1: is empty; it needs `version: 1` and `entries:`"),
+        ("version: 1\nentries: [\n", "bundle_manifest.yaml:3: is no valid YAML: "),
+        ("version: 1\n\tentries: 1\n", "bundle_manifest.yaml:2: is no valid YAML: "),
+        ("version: 1\n---\nversion: 1\n", "bundle_manifest.yaml:2: is no valid YAML: "),
+        ("version: 1\nx: \x07\n", "bundle_manifest.yaml:2: is no valid YAML: the character with code 7"),
+        ("a: &a [1]\nb: *a\n", "bundle_manifest.yaml:2: is no valid YAML: aliases are not supported, use `defaults`"),
+        ("- 1\n", "bundle_manifest.yaml:1: should be a section of keys and values, got [1]"),
+        ("version: 1\n", "bundle_manifest.yaml:1: entries: is required"),
+        ("version: 1\nentries: {}\n", "bundle_manifest.yaml:2: entries: should be a list, got {}"),
+        ("version: 1\nentries: []\n", "bundle_manifest.yaml:2: entries: should not be empty, got []"),
+        ("version: 2\n" + VALID.removeprefix("version: 1\n"), "bundle_manifest.yaml:1: version: should be 1, got 2"),
+        (VALID + "default: {}\n", 'bundle_manifest.yaml:17: default: unknown key; did you mean "defaults"?'),
+        (VALID + "  - 7\n", "bundle_manifest.yaml:17: entry number 2: should be a section of keys and values, got 7"),
+        (VALID + "  - target: {model: a/b}\n", "bundle_manifest.yaml:17: entry number 2: name: is required, "),
+        (VALID + "  - {name: two}\n", 'bundle_manifest.yaml:17: entry "two": target: is required, and stands neither'),
+        (
+            VALID + "  - {name: ../two, target: {model: a/b}}\n",
+            'bundle_manifest.yaml:17: entry "../two": name: "../two" should be 1 to 64 of a-z, 0-9, "." and "-", ',
+        ),
+        (
+            VALID + "  - name: two\n    target:\n      model: 3\n",
+            'bundle_manifest.yaml:19: entry "two": target.model: should be a text (quote it), got 3',
+        ),
+        (
+            VALID + "  - target: {model: a/b}\n    name: one\n",
+            'bundle_manifest.yaml:18: entry "one": name: "one" is the name of the entry on line 14 already; ',
+        ),
+    ],
+)
+def test_a_mistake_in_the_file_names_its_line(tmp_path: Path, text: str, error: str) -> None:
+    (found,) = errors_of(tmp_path, text)
+    assert found.startswith(error)
+
+
+def test_a_missing_or_unreadable_file_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"nowhere\.yaml: there is no such file in "):
+        Manifest.load(tmp_path / "nowhere.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(ManifestError, match=r"latin\.yaml: cannot be read as UTF-8 text"):
+        Manifest.load(tmp_path / "latin.yaml")
+
+
+def test_all_mistakes_of_all_entries_come_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
+    text = VALID + (
+        "    training: {num_epoch: 1, learning_rate: 0}\n"
+        "  - name: one\n"
+        "    target: {model: a/b, dtype: int4}\n"
+        "    gates: {min_speedup: -1}\n"
+        "    gates: {}\n"
+        "surplus: 1\n"
+    )
+    assert [error.split(": ", 1)[0] for error in errors_of(tmp_path, text)] == [
+        f"bundle_manifest.yaml:{line}" for line in (17, 17, 18, 19, 20, 21, 22)
+    ]
+
+
+def test_a_wrong_default_is_reported_once_at_its_own_line(tmp_path: Path) -> None:
+    text = VALID.replace("learning_rate: 1e-4", "learning_rate: fast") + "  - {name: two, target: {model: a/b}}\n"
+    assert errors_of(tmp_path, text) == [
+        'bundle_manifest.yaml:7: defaults: training.learning_rate: should be a number, got "fast"'
+    ]
+
+
+def test_a_default_that_some_entries_replace_names_those_that_use_it(tmp_path: Path) -> None:
+    text = VALID.replace("learning_rate: 1e-4", "learning_rate: fast") + "  - name: two\n    target: {model: a/b}\n"
+    assert errors_of(tmp_path, text + "    training: {learning_rate: 1e-3}\n") == [
+        'bundle_manifest.yaml:7: defaults, as used by entry "one": '
+        'training.learning_rate: should be a number, got "fast"'
+    ]
+
+
+def test_a_default_at_odds_with_an_entry_names_both(tmp_path: Path) -> None:
+    (error,) = errors_of(tmp_path, VALID + "    data: {sources: [{dataset: math.jsonl}]}\n")
+    assert error.startswith(
+        'bundle_manifest.yaml:12: defaults, as used by entry "one": benchmark.suites[0].source: '
+        "the draft is trained on math.jsonl, split train; "
+    )
+
+
+@pytest.mark.parametrize(
+    ("defaults", "error"),
+    [
+        ("3", "bundle_manifest.yaml:2: defaults: should be a section of keys and values"),
+        ("{name: x}", "bundle_manifest.yaml:2: defaults: name: belongs to each entry"),
+        ("{trainings: {}}", 'bundle_manifest.yaml:2: defaults: trainings: unknown key; did you mean "training"?'),
+    ],
+)
+def test_defaults_hold_sections_only(tmp_path: Path, defaults: str, error: str) -> None:
+    text = f"""\
+version: 1
+defaults: {defaults}
+entries:
+  - name: one
+    target: {{model: a/b}}
+    data: {{sources: [{{dataset: a.jsonl}}]}}
+    benchmark: {{suites: [{{name: s, source: {{dataset: b.jsonl}}}}]}}
+"""
+    assert errors_of(tmp_path, text) == [error]
+
+
+def test_the_error_survives_the_way_to_another_process(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError) as raised:
+        Manifest.load(write(tmp_path, "version: 2\n"))
+    assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
+
+
+def test_an_entrys_digest_follows_its_values_and_not_their_order(tmp_path: Path) -> None:
+    (one,) = Manifest.load(write(tmp_path, VALID)).entries
+    swapped = VALID.replace("  - name: one\n    target:\n      model: some/target\n", "")
+    (same,) = Manifest.load(write(tmp_path, swapped + "  - target: {model: some/target}\n    name: one\n")).entries
+    (other,) = Manifest.load(write(tmp_path, VALID.replace("1e-4", "2e-4"))).entries
+    text = json.dumps(json.loads(one.model_dump_json()), sort_keys=True, separators=(",", ":"))
+    assert one.digest() == hashlib.sha256(text.encode()).hexdigest()[:20] == same.digest()
+    assert other.digest() != one.digest()
+
+
+def test_models_made_in_code_are_checked_too() -> None:
+    with pytest.raises(ValidationError, match="tokens_per_batch=8192"):
+        TrainingConfig(tokens_per_micro_batch=16384)
+    with pytest.raises(ValidationError, match="three different layers"):
+        Eagle3Config(aux_layers=(5, 5, 6))
+    with pytest.raises(ValidationError, match="extra"):
+        ManifestEntry.model_validate({"nam": "x"})
