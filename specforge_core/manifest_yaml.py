@@ -139,7 +139,7 @@ def _located(loader: _Loader, node: yaml.Node, path: Path, problems: list[Proble
     elif isinstance(node, yaml.SequenceNode):
         value = [_located(loader, item, (*path, i), problems) for i, item in enumerate(node.value)]
     else:
-        is_plain = node.style is None
+        is_plain = isinstance(node, yaml.ScalarNode) and node.style is None
         own_tag = loader.resolve(yaml.ScalarNode, node.value, (is_plain, not is_plain))
         if node.tag != own_tag:
             problems.append(Problem(start.line + 1, path, f"the tag {node.tag} is not allowed here; remove it"))
