@@ -117,14 +117,14 @@ def lease_devices(
         turn: IO[str] | None = None
         has_said_so = False
         while len(held) < num_devices:
+            if cancelled and cancelled.is_set():
+                raise InterruptedError(f"stopped while waiting for {num_devices} of {len(devices)} devices")
             turn = turn or take("turn")
             for device in devices if turn else ():
                 if device not in held and len(held) < num_devices and (file := take(device)):
                     held[device] = file
             if len(held) == num_devices:
                 break
-            if cancelled and cancelled.is_set():
-                raise InterruptedError(f"stopped while waiting for {num_devices} of {len(devices)} devices")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no {num_devices} of {len(devices)} devices became free in {timeout_s:g} s")
             if not has_said_so:

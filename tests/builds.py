@@ -1,0 +1,42 @@
+"""An entry on its way through the stages, for tests of tasks and flows."""
+
+from pathlib import Path
+from typing import Any
+
+from specforge_core.manifest import ManifestEntry, ResourcesConfig
+from specforge_core.plan import Recipe
+from specforge_core.stages import ResolvedBenchmark, ResolvedData
+from tasks.stage import EntryBuild
+from tasks.tracking import TrackedRun
+from tests import made_build
+
+
+def recipe_of(entry: ManifestEntry) -> Recipe:
+    """The recipe, with made-up content ids."""
+    sources = [{**dict(source), "content_id": "of a source"} for source in entry.data.sources]
+    suites = [
+        {**dict(suite), "source": {**dict(suite.source), "content_id": "of a suite"}}
+        for suite in entry.benchmark.suites
+    ]
+    return Recipe(
+        entry=entry,
+        target=made_build.TARGET,
+        data=ResolvedData(**{**dict(entry.data), "sources": sources}),
+        benchmark=ResolvedBenchmark(**{**dict(entry.benchmark), "suites": suites}),
+        hardware="Made-up CPU 9000",
+    )
+
+
+def entry_build(
+    store: Path,
+    *,
+    num_gpus: int = 0,
+    gpus: tuple[str, ...] = (),
+    publish: bool = True,
+    tracking: TrackedRun | None = None,
+    **changes: Any,
+) -> EntryBuild:
+    """A build of the made-up entry, without tracking unless it is given."""
+    entry = made_build.entry(resources=ResourcesConfig(num_gpus=num_gpus), **changes)
+    tracking = tracking or TrackedRun(uri="none")
+    return EntryBuild(recipe=recipe_of(entry), store=store, gpus=gpus, publish=publish, tracking=tracking)

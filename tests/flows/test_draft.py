@@ -1,0 +1,101 @@
+"""The order of the stages, what each is given, and what the gates decide: with fakes, without Prefect's engine."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import draft
+from specforge_core.artifacts import BuildArtifacts, GateFailure, Published, Rejected, Withheld
+from tests import made_build
+from tests.builds import entry_build
+
+FAILURE = GateFailure(gate="min_speedup", suite="math", measured=1.1, required=1.5, message="too slow")
+
+
+class FakeStages:
+    """Answers every stage with its artifact of a made-up build, and writes down who was called with what."""
+
+    def __init__(self, artifacts: BuildArtifacts, *, failures: tuple[GateFailure, ...] = (), broken: str = "") -> None:
+        self.answers: dict[str, Any] = {
+            "regenerate": artifacts.conversations,
+            "vocabulary": artifacts.vocabulary,
+            "capture": artifacts.hidden_states,
+            "train": artifacts.checkpoint,
+            "export": artifacts.draft,
+            "benchmark": artifacts.benchmark,
+            "check_gates": failures,
+            "report": None,
+            "publish": Published(path=Path("/published/demo"), content_id="c", changed=True),
+        }
+        self.broken = broken
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __getattr__(self, stage: str) -> Any:
+        def call(*args: Any) -> Any:
+            self.calls.append((stage, args))
+            if stage == self.broken:
+                raise RuntimeError(f"{stage} broke")
+            return self.answers[stage]
+
+        return call
+
+    @property
+    def order(self) -> list[str]:
+        return [stage for stage, _ in self.calls]
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> BuildArtifacts:
+    return made_build.artifacts(tmp_path / "made", made_build.result(made_build.measurement()))
+
+
+def test_stages_run_in_order_and_each_gets_what_it_reads(
+    tmp_path: Path, artifacts: BuildArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = FakeStages(artifacts)
+    monkeypatch.setattr(draft, "stages", fakes)
+    build = entry_build(tmp_path)
+    outcome = draft.build_draft.fn(build)
+    assert isinstance(outcome, Published)
+    assert fakes.calls == [
+        ("regenerate", (build,)),
+        ("vocabulary", (build, artifacts.conversations)),
+        ("capture", (build, artifacts.conversations)),
+        ("train", (build, artifacts.hidden_states, artifacts.vocabulary)),
+        ("export", (build, artifacts.checkpoint)),
+        ("benchmark", (build, artifacts.draft, artifacts.conversations)),
+        ("check_gates", (build.recipe.entry.gates, artifacts.vocabulary.facts, artifacts.benchmark.facts)),
+        ("report", (build, artifacts, ())),
+        ("publish", (build, artifacts)),
+    ]
+
+
+def test_a_draft_that_fails_a_gate_is_reported_and_not_published(
+    tmp_path: Path, artifacts: BuildArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = FakeStages(artifacts, failures=(FAILURE,))
+    monkeypatch.setattr(draft, "stages", fakes)
+    build = entry_build(tmp_path)
+    assert draft.build_draft.fn(build) == Rejected(failures=(FAILURE,))
+    assert fakes.order[-2:] == ["check_gates", "report"]
+    assert fakes.calls[-1][1] == (build, artifacts, (FAILURE,))
+
+
+def test_a_build_that_publishes_nothing_still_measures_and_checks(
+    tmp_path: Path, artifacts: BuildArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = FakeStages(artifacts)
+    monkeypatch.setattr(draft, "stages", fakes)
+    assert draft.build_draft.fn(entry_build(tmp_path, publish=False)) == Withheld()
+    assert fakes.order[-2:] == ["check_gates", "report"]
+
+
+def test_nothing_runs_after_a_stage_that_failed(
+    tmp_path: Path, artifacts: BuildArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = FakeStages(artifacts, broken="train")
+    monkeypatch.setattr(draft, "stages", fakes)
+    with pytest.raises(RuntimeError, match="train broke"):
+        draft.build_draft.fn(entry_build(tmp_path))
+    assert fakes.order == ["regenerate", "vocabulary", "capture", "train"]

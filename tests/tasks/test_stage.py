@@ -1,0 +1,158 @@
+"""From a spec to a stored artifact, through real child processes."""
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from specforge_core.artifacts import LOG_NAME, SPEC_NAME
+from specforge_core.gpus import lease_devices
+from specforge_core.ledger import load_entry_record
+from specforge_core.process import children_end_on_error
+from tasks import stage as stage_module
+from tasks.stage import CPU_SLOT, EntryBuild, StageError, run_stage, stage_command
+from tests.builds import entry_build
+from tests.tasks.echo import EchoSpec
+
+
+@pytest.fixture(autouse=True)
+def _echo_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def echo_command(spec: EchoSpec, spec_path: Path, out: Path) -> list[str]:
+        return [sys.executable, "-m", "tests.tasks.echo", spec.stage, "--spec", str(spec_path), "--out", str(out)]
+
+    monkeypatch.setattr(stage_module, "stage_command", echo_command)
+    monkeypatch.setattr(stage_module, "device_lock_dir", lambda: tmp_path / "devices")
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> EntryBuild:
+    return entry_build(tmp_path / "store")
+
+
+def test_a_stage_builds_once_and_is_reused_from_then_on(build: EntryBuild) -> None:
+    first = run_stage(EchoSpec(text="hello"), build)
+    second = run_stage(EchoSpec(text="hello"), build)
+    assert not first.is_reused
+    assert second.is_reused
+    assert first.artifact == second.artifact
+    assert (first.artifact.path / "echo.txt").read_text() == "hello"
+    assert "hearing hello\n" in (first.artifact.path / LOG_NAME).read_text()
+    assert EchoSpec.model_validate_json((first.artifact.path / SPEC_NAME).read_text()) == EchoSpec(text="hello")
+    assert load_entry_record(build.store, "demo").keys == {"echo": first.artifact.key}
+
+
+def test_another_text_is_another_artifact(build: EntryBuild) -> None:
+    keys = {run_stage(EchoSpec(text=text), build).artifact.key for text in ("hello", "goodbye")}
+    assert len(keys) == 2
+
+
+def test_an_artifact_with_a_lost_file_is_built_again(build: EntryBuild) -> None:
+    artifact = run_stage(EchoSpec(text="hello"), build).artifact
+    (artifact.path / "echo.txt").unlink()
+    again = run_stage(EchoSpec(text="hello"), build)
+    assert not again.is_reused
+    assert (again.artifact.path / "echo.txt").read_text() == "hello"
+
+
+def test_a_failing_stage_says_what_it_said_last_and_where_all_of_it_is(build: EntryBuild) -> None:
+    with pytest.raises(StageError, match="out of breath") as caught:
+        run_stage(EchoSpec(text="hello", behaviour="fail"), build)
+    assert caught.value.status == 1
+    log = build.store / "echo" / f".building-{EchoSpec(text='hello').key()}" / LOG_NAME
+    assert str(log) in str(caught.value)
+    assert log.read_text().endswith("out of breath\n")
+
+
+def test_what_a_failed_try_left_is_there_for_the_next(build: EntryBuild) -> None:
+    spec = EchoSpec(text="hello", behaviour="fail once")
+    with pytest.raises(StageError):
+        run_stage(spec, build)
+    assert not run_stage(spec, build).is_reused
+
+
+def test_two_builds_of_one_artifact_build_it_once(build: EntryBuild) -> None:
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(run_stage(EchoSpec(text="hello"), build))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results[0].artifact == results[1].artifact
+    assert (results[0].artifact.path / LOG_NAME).read_text().count("hearing hello") == 1
+
+
+def test_a_cpu_stage_waits_for_the_cpu(build: EntryBuild, tmp_path: Path) -> None:
+    def build_it() -> None:
+        run_stage(EchoSpec(text="hello"), build)
+
+    thread = threading.Thread(target=build_it)
+    with lease_devices(1, devices=(CPU_SLOT,), lock_dir=tmp_path / "devices" / "cpu"):
+        thread.start()
+        thread.join(1)
+        assert thread.is_alive()
+        assert not list((build.store / "echo").glob(f".building-*/{LOG_NAME}"))
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_a_gpu_stage_sees_the_gpus_that_it_leased_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def print_devices(spec: EchoSpec, spec_path: Path, out: Path) -> list[str]:
+        return [
+            sys.executable,
+            "-c",
+            "import os; print('sees', os.environ['CUDA_VISIBLE_DEVICES']); raise SystemExit(1)",
+        ]
+
+    monkeypatch.setattr(stage_module, "stage_command", print_devices)
+    build = entry_build(tmp_path / "store", num_gpus=2, gpus=("4", "5", "7"))
+    with (
+        lease_devices(1, devices=build.gpus, lock_dir=tmp_path / "devices" / "gpu"),
+        pytest.raises(StageError, match="sees 5,7"),
+    ):
+        run_stage(EchoSpec(text="hello", device="cuda"), build)
+    with pytest.raises(StageError, match=r"sees $"):
+        run_stage(EchoSpec(text="hello", device="cpu"), build)
+
+
+def test_an_interrupted_build_ends_its_stage_and_the_one_that_waits(build: EntryBuild) -> None:
+    errors: list[BaseException] = []
+
+    def build_it(text: str) -> None:
+        try:
+            run_stage(EchoSpec(text=text, behaviour="hang"), build)
+        except (StageError, InterruptedError) as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=build_it, args=(text,)) for text in ("one", "two")]
+
+    def run_flow() -> None:
+        with children_end_on_error():
+            for thread in threads:
+                thread.start()
+            while not any("hearing" in log.read_text() for log in build.store.glob(f"echo/.building-*/{LOG_NAME}")):
+                time.sleep(0.05)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_flow()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(type(error).__name__ for error in errors) == ["InterruptedError", "StageError"]
+    assert not [child for child in psutil.Process().children(recursive=True) if "echo" in " ".join(child.cmdline())]
+
+
+def test_several_processes_run_under_torchrun(tmp_path: Path) -> None:
+    class WideSpec(EchoSpec):
+        num_processes: int = 2
+
+    command = stage_command(WideSpec(text="hello"), tmp_path / "spec.json", tmp_path / "out")
+    assert command[1:] == [
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *("-m", "specforge_core", "echo", "--spec", str(tmp_path / "spec.json"), "--out", str(tmp_path / "out")),
+    ]
+    assert "torch.distributed.run" not in stage_command(EchoSpec(text="hello"), tmp_path / "spec.json", tmp_path)
