@@ -1,0 +1,1 @@
+"""The embedded default: a procedural corpus and a small target model that ships with the code."""
