@@ -126,7 +126,7 @@ def report_markdown(report: EntryReport) -> str:
         "## How it was made",
         markdown_table(making_rows(report)),
         "## Measured on",
-        hardware(report.benchmark),
+        measured_on(report.benchmark),
         f"```\n{report.benchmark.environment.command}\n```",
         "## Lineage",
         markdown_table(lineage_rows(lineage)),
@@ -211,7 +211,7 @@ def lineage_rows(lineage: Lineage) -> list[dict[str, str]]:
     ]
 
 
-def hardware(result: BenchmarkResult) -> str:
+def measured_on(result: BenchmarkResult) -> str:
     """One sentence: processor, threads, GPU, versions, commit."""
     environment = result.environment
     versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
