@@ -1,0 +1,205 @@
+"""Stage `train`: hidden states and a draft vocabulary in, a draft checkpoint out. `train_step` is the heart of it.
+
+    draft.safetensors     the draft under its serving names, float32
+    draft_config.json     the `config.json` that it is served with
+
+One process, or several under torchrun that share each step's micro-batches; gloo on CPUs, NCCL on GPUs.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from specforge_core.artifacts import METRICS_NAME, PROGRESS_DIRECTORY, DraftCheckpoint, write_atomically
+from specforge_core.data.loader import FeatureSet, plan_steps, rank_share
+from specforge_core.data.shards import load_index, load_target_config, load_target_head
+from specforge_core.data.vocab import load_vocabulary
+from specforge_core.drafts import ALGORITHMS
+from specforge_core.drafts.base import DraftBatch, DraftLoss, DraftModel
+from specforge_core.manifest import TrainingConfig
+from specforge_core.progress import progress
+from specforge_core.stages import TrainSpec
+from specforge_core.training.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
+from specforge_core.training.evaluate import Evaluation, evaluate
+from specforge_core.training.metrics import Meter, append_metrics, drop_metrics_after, milestones
+from specforge_core.training.optim import build_optimizers, learning_rate_factor, set_learning_rate
+from specforge_core.training.workers import Workers, join_workers
+
+logger = logging.getLogger(__name__)
+
+DRAFT_NAME = "draft.safetensors"
+DRAFT_CONFIG_NAME = "draft_config.json"
+REPORTS_PER_RUN = 200
+"""Points of a training curve."""
+
+
+class Plan(NamedTuple):
+    """Document indices by micro-batch."""
+
+    steps: list[Sequence[list[int]]]
+    """The micro-batches of each optimizer step of the run, the same for any number of processes."""
+    eval: list[list[int]]
+
+
+class StepResult(NamedTuple):
+    """Sums over all processes, and the norm of the gradient before it was clipped."""
+
+    losses: DraftLoss
+    grad_norm: Tensor
+
+
+def main(spec: TrainSpec, out: Path) -> DraftCheckpoint:
+    """Facts about the trained draft; an interrupted training goes on from its last checkpoint.
+
+    Raises: ValueError for sizes that do not fit together, FloatingPointError if the loss diverges.
+    """
+    with join_workers(spec.device) as workers:
+        features = FeatureSet(spec.hidden_states, max_document_tokens=spec.training.max_document_tokens)
+        plan = plan_training(features, spec.training, workers.world_size)
+        draft = create_draft(spec).to(workers.device)
+        state, evaluation = train(spec, out, draft, features, plan, workers)
+        if workers.is_first:
+            save_file(draft.serving_state_dict(), out / DRAFT_NAME)
+            write_atomically(out / DRAFT_CONFIG_NAME, json.dumps(draft.serving_config(), indent=1) + "\n")
+    metrics = evaluation.metrics()
+    return DraftCheckpoint(
+        algorithm=spec.draft.algorithm,
+        step=state.step,
+        tokens_seen=state.tokens_seen,
+        num_parameters=sum(parameter.numel() for parameter in draft.parameters()),
+        eval_loss=metrics["eval/loss"],
+        eval_accuracy=tuple(metrics[f"eval/accuracy_{k}"] for k in range(draft.num_positions)),
+        eval_acceptance=tuple(metrics[f"eval/acceptance_{k}"] for k in range(draft.num_positions)),
+        eval_acceptance_length=evaluation.acceptance_length,
+    )
+
+
+def plan_training(features: FeatureSet, config: TrainingConfig, num_processes: int) -> Plan:
+    """The whole run, planned before anything is read. Raises: ValueError if a process would have nothing to do."""
+    budget = config.tokens_per_micro_batch
+    per_step = config.tokens_per_batch // budget
+    if per_step < num_processes:
+        raise ValueError(
+            f"a step of tokens_per_batch={config.tokens_per_batch} has {per_step} micro-batches of {budget} tokens for "
+            f"{num_processes} processes; raise training.tokens_per_batch to {budget * num_processes}, or lower "
+            "training.tokens_per_micro_batch"
+        )
+    split = features.split(config.eval_fraction)
+    epochs = (features.plan(split.train, budget, seed=config.seed, epoch=epoch) for epoch in range(config.num_epochs))
+    return Plan(
+        steps=[step for micro_batches in epochs for step in plan_steps(micro_batches, per_step)],
+        eval=features.plan(split.eval, budget, seed=config.seed, epoch=0),
+    )
+
+
+def create_draft(spec: TrainSpec) -> DraftModel:
+    """The draft as it starts, the same in every process."""
+    torch.manual_seed(spec.training.seed)
+    (draft_token_ids,) = load_vocabulary(spec.vocabulary).t2d.nonzero()
+    return ALGORITHMS[spec.draft.algorithm].create(
+        spec.draft,
+        load_target_config(spec.hidden_states),
+        load_target_head(spec.hidden_states),
+        torch.from_numpy(draft_token_ids),
+        load_index(spec.hidden_states).layers,
+    )
+
+
+def train(
+    spec: TrainSpec, out: Path, draft: DraftModel, features: FeatureSet, plan: Plan, workers: Workers
+) -> tuple[TrainingState, Evaluation]:
+    """Train `draft` in place. Returns: the state behind the last step, and the last evaluation."""
+    config, num_steps = spec.training, len(plan.steps)
+    directory, metrics_path = out / PROGRESS_DIRECTORY / "checkpoints", out / METRICS_NAME
+    optimizers = build_optimizers(draft, config)
+    state = TrainingState(key=spec.key(), step=0, tokens_seen=0)
+    if found := checkpoints(directory):
+        state = load_checkpoint(found[-1], draft, optimizers, key=state.key)
+    if workers.is_first:
+        drop_metrics_after(metrics_path, state.step)
+    step_tokens = [sum(features.lengths[i] for batch in step for i in batch) for step in plan.steps]
+    shares = [rank_share(step, workers.rank, workers.world_size) for step in plan.steps]
+    batches = features.batches(batch for share in shares[state.step :] for batch in share)
+    save_at = milestones(num_steps, config.checkpoints_per_run)
+    evaluate_at = milestones(num_steps, config.evals_per_run)
+    # Every checkpoint ends a report, so that no sum has to be carried over an interruption.
+    report_at = milestones(num_steps, REPORTS_PER_RUN) | save_at | evaluate_at
+    evaluation = None
+    meter = Meter(draft.num_positions, workers.device)
+    with progress(
+        desc="train", total=sum(step_tokens), initial=state.tokens_seen, unit="token", disable=not workers.is_first
+    ) as bar:
+        for step in range(state.step, num_steps):
+            factor = learning_rate_factor(step, num_steps, config.warmup_fraction)
+            set_learning_rate(optimizers, factor)
+            micro_batches = islice(batches, len(shares[step]))
+            losses, grad_norm = train_step(draft, optimizers, micro_batches, config.max_grad_norm, workers)
+            state = TrainingState(key=state.key, step=step + 1, tokens_seen=state.tokens_seen + step_tokens[step])
+            bar.update(step_tokens[step])
+            meter.add(losses, step_tokens[step])
+            if state.step not in report_at:
+                continue
+            metrics = meter.metrics(factor * config.learning_rate, grad_norm)
+            bar.set_postfix(loss=f"{metrics['train/loss']:.3f}", refresh=False)
+            if state.step in evaluate_at:
+                evaluation = evaluate(draft, eval_batches(features, plan, workers), workers)
+                metrics |= evaluation.metrics()
+            if workers.is_first:
+                append_metrics(metrics_path, state.step, metrics)
+                if state.step in save_at:
+                    save_checkpoint(directory, draft, optimizers, state)
+            meter.restart()
+    if evaluation is None:
+        # Interrupted behind the last checkpoint.
+        evaluation = evaluate(draft, eval_batches(features, plan, workers), workers)
+    return state, evaluation
+
+
+def train_step(
+    draft: DraftModel,
+    optimizers: Sequence[Optimizer],
+    micro_batches: Iterable[DraftBatch],
+    max_grad_norm: float,
+    workers: Workers,
+) -> StepResult:
+    """One optimizer step over the micro-batches of all workers; each gives its own share, which may be none.
+
+    The loss is a sum until every micro-batch of every worker is in. Then it is divided once, by the number of
+    supervised tokens, so that neither packing nor the number of workers changes the gradient.
+    """
+    parameters = list(draft.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    losses = DraftLoss.zero(draft.num_positions, workers.device)
+    for batch in micro_batches:
+        with workers.autocast():
+            loss = draft(to_device(batch, workers.device))
+        loss.loss_sum.backward()
+        losses = losses.plus(loss)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    workers.add_up([*gradients, *losses])
+    for gradient in gradients:
+        gradient /= losses.num_tokens.clamp(min=1)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+    return StepResult(losses, grad_norm)
+
+
+def eval_batches(features: FeatureSet, plan: Plan, workers: Workers) -> Iterator[DraftBatch]:
+    """This worker's share of the held-out documents, on its device."""
+    for batch in features.batches(rank_share(plan.eval, workers.rank, workers.world_size)):
+        yield to_device(batch, workers.device)
+
+
+def to_device(batch: DraftBatch, device: torch.device) -> DraftBatch:
+    """The batch on that device."""
+    return DraftBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))

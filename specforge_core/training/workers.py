@@ -1,0 +1,49 @@
+"""The processes that train together: one, or those that torchrun started."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+class Workers(NamedTuple):
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its sum over all processes, in place."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in bfloat16 on a GPU, float32 on a CPU; weights stay float32."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda")
+
+
+@contextlib.contextmanager
+def join_workers(device: str) -> Iterator[Workers]:
+    """The processes that torchrun started, or this one alone. Args: device: `cpu` or `cuda`."""
+    if not dist.is_torchelastic_launched():
+        yield Workers(0, 1, torch.device(device))
+        return
+    if device == "cuda":
+        torch.cuda.set_device(dist.get_node_local_rank())
+    dist.init_process_group(BACKENDS[device])
+    try:
+        yield Workers(dist.get_rank(), dist.get_world_size(), torch.device(device))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,132 @@
+"""The training stage as a whole: it learns, survives a kill, and is the same on two processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from specforge_core.artifacts import DraftCheckpoint, load_artifact
+from specforge_core.data.loader import FeatureSet
+from specforge_core.drafts.eagle3 import Eagle3Draft
+from specforge_core.stages import TrainSpec
+from specforge_core.training.train import DRAFT_CONFIG_NAME, DRAFT_NAME, main, plan_training
+from tests.drafts.synthetic import make_head
+from tests.training.factory import make_spec
+
+# Measured by a clock, so never equal.
+CLOCKED = ("train/tokens_per_s", "train/supervised_tokens_per_s")
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in CLOCKED} for line in lines]
+
+
+def run(spec: TrainSpec, out: Path) -> DraftCheckpoint:
+    out.mkdir(exist_ok=True)
+    return main(spec, out)
+
+
+def command(spec: TrainSpec, out: Path, *launcher: str) -> list[str]:
+    spec_path = out.with_suffix(".spec.json")
+    spec_path.write_text(spec.model_dump_json())
+    stage = ["-m", "specforge_core", "train", "--spec", str(spec_path), "--out", str(out)]
+    return [sys.executable, *launcher, *stage]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainSpec, Path, DraftCheckpoint]:
+    spec = make_spec(inputs, num_epochs=2, checkpoints_per_run=8)
+    out = tmp_path_factory.mktemp("undisturbed")
+    return spec, out, run(spec, out)
+
+
+def test_the_draft_learns_and_its_facts_are_those_of_the_last_evaluation(undisturbed):
+    _, out, facts = undisturbed
+    lines = metrics(out)
+    evaluations = [line for line in lines if "eval/loss" in line]
+    assert len(evaluations) == 2
+    assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"] < lines[0]["train/loss"]
+    assert evaluations[-1]["step"] == facts.step == len(lines)
+    assert facts.eval_loss == evaluations[-1]["eval/loss"]
+    assert facts.eval_accuracy[0] == evaluations[-1]["eval/accuracy_0"] > 1.5 / 8
+    assert facts.eval_acceptance_length == evaluations[-1]["eval/acceptance_length"] > 1.1
+    assert len(facts.eval_acceptance) == 3
+
+
+def test_every_packed_token_is_counted(undisturbed):
+    spec, _, facts = undisturbed
+    features = FeatureSet(spec.hidden_states)
+    tokens_of_an_epoch = sum(features.lengths[i] for i in features.split(0.2).train)
+    assert facts.tokens_seen == 2 * tokens_of_an_epoch
+
+
+def test_the_output_is_a_draft_that_can_be_decoded_with(undisturbed):
+    _, out, facts = undisturbed
+    config = json.loads((out / DRAFT_CONFIG_NAME).read_text())
+    draft = Eagle3Draft.from_serving(config, load_file(out / DRAFT_NAME), make_head().embedding_VD)
+    assert sum(parameter.numel() for parameter in draft.parameters()) == facts.num_parameters
+
+
+def test_killed_training_goes_on_to_the_same_bits(undisturbed, tmp_path: Path):
+    spec, reference, expected = undisturbed
+    out = tmp_path / "killed"
+    # The same number of threads, for the same order of every sum.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    child = subprocess.Popen(command(spec, out), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(out.glob("progress/checkpoints/step-*")):
+        assert child.poll() is None, "the training ended before it could be killed"
+        time.sleep(0.002)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    num_lines = len((out / "metrics.jsonl").read_text().splitlines())
+    assert 0 < num_lines < expected.step, "killed too late to show anything"
+
+    assert run(spec, out) == expected
+    assert metrics(out) == metrics(reference)
+    assert (out / DRAFT_NAME).read_bytes() == (reference / DRAFT_NAME).read_bytes()
+
+
+def test_two_processes_train_what_one_trains(inputs: Path, tmp_path: Path):
+    spec = make_spec(inputs, num_epochs=1)
+    facts = run(spec, tmp_path / "one")
+    two = tmp_path / "two"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(command(spec, two, *launcher), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    artifact = load_artifact(two, DraftCheckpoint)
+
+    assert (artifact.facts.step, artifact.facts.tokens_seen) == (facts.step, facts.tokens_seen)
+    assert len(metrics(two)) == len(metrics(tmp_path / "one"))
+    for ours, theirs in zip(metrics(tmp_path / "one"), metrics(two), strict=True):
+        # float32 sums in another order; a wrong divisor or a lost micro-batch is off by tens of percent.
+        assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6)
+
+
+def refused(inputs: Path, tmp_path: Path, match: str, **training: Any) -> None:
+    with pytest.raises(ValueError, match=match):
+        run(make_spec(inputs, **training), tmp_path / "refused")
+
+
+def test_more_processes_than_micro_batches_are_refused(inputs: Path):
+    spec = make_spec(inputs)
+    features = FeatureSet(spec.hidden_states)
+    with pytest.raises(ValueError, match=r"3 micro-batches of 48 tokens for 4 processes; raise .* to 192"):
+        plan_training(features, spec.training, 4)
+
+
+def test_nothing_held_out_is_refused(inputs: Path, tmp_path: Path):
+    refused(inputs, tmp_path, "eval_fraction=1e-09", eval_fraction=1e-9)
+
+
+def test_a_diverging_loss_stops_the_run(inputs: Path, tmp_path: Path):
+    with pytest.raises(FloatingPointError, match=r"lower training\.learning_rate"):
+        run(make_spec(inputs, learning_rate=1e25, max_grad_norm=1e30), tmp_path / "diverged")
