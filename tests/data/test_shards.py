@@ -1,0 +1,151 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from specforge_core.data.shards import (
+    FeatureWriter,
+    Shard,
+    damaged_shards,
+    load_index,
+    load_target_config,
+    load_target_head,
+    plan_shards,
+    save_target,
+)
+from specforge_core.drafts.base import TargetHead
+from tests.data.feature_files import INDEX, make_document, make_features, write_features
+
+LENGTHS = (7, 5, 20, 1, 3)
+
+
+def test_shards_hold_whole_documents_up_to_the_limit():
+    # 7 + 5 = 12 fits exactly; 20 is over the limit and stands alone; 1 + 3 share the rest.
+    assert plan_shards(LENGTHS, 12) == [range(2), range(2, 3), range(3, 5)]
+    assert plan_shards(LENGTHS, 1000) == [range(5)]
+    assert plan_shards(LENGTHS, 1) == [range(i, i + 1) for i in range(5)]
+
+
+def test_every_document_is_read_back_as_it_was_captured(tmp_path: Path):
+    write_features(tmp_path, LENGTHS, tokens_per_shard=12)
+    shards = [Shard(tmp_path / record.name) for record in load_index(tmp_path).shards]
+    assert [shard.lengths for shard in shards] == [[7, 5], [20], [1, 3]]
+    number = 0
+    for shard in shards:
+        for i, length in enumerate(shard.lengths):
+            document, features = make_document(number, length), make_features(number, length)
+            stored = shard.read(i, length)
+            assert shard.document_ids[i] == document.id
+            assert torch.equal(stored.input_ids, document.input_ids_T.int())
+            assert torch.equal(stored.loss_mask, document.loss_mask_T)
+            assert torch.equal(stored.aux_hidden, features.aux_hidden_TLD.bfloat16())
+            assert torch.equal(stored.last_hidden, features.last_hidden_TD.bfloat16())
+            assert torch.equal(stored.target_argmax, features.argmax_T)
+            assert torch.equal(stored.target_logsumexp, features.logsumexp_T)
+            number += 1
+    assert number == len(LENGTHS)
+
+
+def test_a_document_can_be_read_in_part(tmp_path: Path):
+    write_features(tmp_path, LENGTHS, tokens_per_shard=12)
+    stored = Shard(tmp_path / "shard-00000.safetensors").read(1, 2)
+    assert stored.input_ids.tolist() == [100, 101]
+    assert stored.aux_hidden.shape == (2, 2, 4)
+
+
+def test_the_file_format_is_what_the_module_says(tmp_path: Path):
+    write_features(tmp_path, LENGTHS, tokens_per_shard=12)
+    tensors = load_file(tmp_path / "shard-00000.safetensors")
+    assert {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()} == {
+        "input_ids": ("torch.int32", (12,)),
+        "loss_mask": ("torch.bool", (12,)),
+        "aux_hidden": ("torch.bfloat16", (12, 2, 4)),
+        "last_hidden": ("torch.bfloat16", (12, 4)),
+        "target_argmax": ("torch.int32", (12,)),
+        "target_logsumexp": ("torch.float32", (12,)),
+        "document_offsets": ("torch.int64", (3,)),
+    }
+    assert tensors["document_offsets"].tolist() == [0, 7, 12]
+
+
+def test_the_index_counts_what_its_shards_hold(tmp_path: Path):
+    write_features(tmp_path, LENGTHS, tokens_per_shard=12)
+    records = load_index(tmp_path).shards
+    # Tokens 0, 3, 6 of a document are a prompt's: 7 - 3 and 5 - 2 answers; 20 - 7; 1 - 1 and 3 - 1.
+    assert [(r.num_documents, r.num_tokens, r.num_loss_tokens) for r in records] == [(2, 12, 7), (1, 20, 13), (2, 4, 2)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.json", *(record.name for record in records)]
+
+
+def test_a_writer_goes_on_behind_the_finished_shards(tmp_path: Path):
+    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
+    for directory in (whole, interrupted):
+        directory.mkdir()
+    write_features(whole, LENGTHS, tokens_per_shard=12)
+    write_features(interrupted, LENGTHS[:2], tokens_per_shard=12)
+    # What a kill can leave: a shard that is written but not in the index, and a part of another.
+    (interrupted / "shard-00001.safetensors").write_bytes(b"not in the index")
+    (interrupted / ".shard-00002.safetensors.partial").write_bytes(b"half")
+    writer = FeatureWriter(interrupted, INDEX)
+    assert len(writer.index.shards) == 1
+    for numbers in ((2,), (3, 4)):
+        writer.write([make_document(i, LENGTHS[i]) for i in numbers], [make_features(i, LENGTHS[i]) for i in numbers])
+    assert {path.name: path.read_bytes() for path in interrupted.iterdir()} == {
+        path.name: path.read_bytes() for path in whole.iterdir()
+    }
+
+
+def test_a_directory_of_other_features_is_not_gone_on_with(tmp_path: Path):
+    write_features(tmp_path, LENGTHS, tokens_per_shard=12)
+    with pytest.raises(ValueError, match="begun with other features"):
+        FeatureWriter(tmp_path, INDEX.model_copy(update={"layers": (1, 2)}))
+
+
+def test_features_that_do_not_fit_their_documents_are_refused_and_leave_no_shard(tmp_path: Path):
+    writer = FeatureWriter(tmp_path, INDEX)
+    with pytest.raises(ValueError, match="zip"):
+        writer.write([make_document(0, 5), make_document(1, 3)], [make_features(0, 5)])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", [os.remove, lambda path: os.truncate(path, 100)], ids=["gone", "cut short"])
+def test_a_missing_or_short_shard_is_noticed_when_the_index_is_read(tmp_path: Path, damage):
+    write_features(tmp_path, LENGTHS, tokens_per_shard=12)
+    damage(tmp_path / "shard-00001.safetensors")
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors has (0|100) bytes, its index says"):
+        load_index(tmp_path)
+
+
+def test_changed_bytes_are_found_by_their_checksum(tmp_path: Path):
+    write_features(tmp_path, LENGTHS, tokens_per_shard=12)
+    assert damaged_shards(tmp_path) == []
+    with (tmp_path / "shard-00002.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last_byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last_byte ^ 1]))
+    assert damaged_shards(tmp_path) == ["shard-00002.safetensors"]
+
+
+def test_a_file_of_another_kind_is_no_shard(tmp_path: Path):
+    (tmp_path / "shard-00000.safetensors").write_bytes(b"\x80\x04pickle, for example")
+    with pytest.raises(SafetensorError):
+        Shard(tmp_path / "shard-00000.safetensors")
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_the_target_head_is_read_back_and_a_tied_one_is_stored_once(tmp_path: Path, is_tied: bool):
+    embedding_VD = torch.randn(10, 4).bfloat16()
+    lm_head_VD = embedding_VD if is_tied else torch.randn(10, 4).bfloat16()
+    norm_D = None if is_tied else torch.rand(4).bfloat16()
+    save_target(tmp_path, {"model_type": "llama", "hidden_size": 4}, TargetHead(embedding_VD, lm_head_VD, norm_D))
+    head = load_target_head(tmp_path)
+    assert torch.equal(head.embedding_VD, embedding_VD)
+    assert torch.equal(head.lm_head_VD, lm_head_VD)
+    assert head.final_norm_D is None if norm_D is None else torch.equal(head.final_norm_D, norm_D)
+    assert (head.lm_head_VD is head.embedding_VD) == is_tied
+    assert load_target_config(tmp_path) == {"model_type": "llama", "hidden_size": 4}
+    stored = load_file(tmp_path / "target_head.safetensors")
+    assert set(stored) == ({"embedding"} if is_tied else {"embedding", "lm_head", "final_norm"})

@@ -1,0 +1,154 @@
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from specforge_core.artifacts import Conversations, load_artifact, seal
+from specforge_core.data.conversations import Conversation, write_conversations
+from specforge_core.data.shards import Shard, damaged_shards, load_index, load_target_config, load_target_head
+from specforge_core.manifest import FeaturesConfig
+from specforge_core.stages import CaptureSpec, ResolvedTarget
+from specforge_core.targets import capture
+
+LAYERS = (1, 3, 4)
+"""[1, N//2 - 1, N - 4] of 8 layers."""
+
+
+def make_conversations(directory: Path, shapes: list[tuple[int, int]]) -> Path:
+    """A conversations artifact; a shape is (prompt tokens, answer tokens)."""
+    generator = torch.Generator().manual_seed(0)
+    directory.mkdir()
+    rows = [
+        Conversation(
+            id=f"conversation-{i}",
+            source="test",
+            messages=(),
+            input_ids=tuple(torch.randint(0, 259, (prompt + answer,), generator=generator).tolist()),
+            loss_mask=(False,) * prompt + (True,) * answer,
+            finish_reasons=("stop",),
+        )
+        for i, (prompt, answer) in enumerate(shapes)
+    ]
+    write_conversations(directory, rows)
+    facts = Conversations(
+        num_conversations=len(rows),
+        num_tokens=sum(map(sum, shapes)),
+        num_loss_tokens=sum(answer for _, answer in shapes),
+        num_failed=0,
+        num_cut_off=0,
+        chat_template_sha256="0" * 64,
+    )
+    seal(directory, facts, stage="regenerate", key="0" * 20, inputs={}, elapsed_s=0.0)
+    return directory
+
+
+def make_spec(target: ResolvedTarget, conversations: Path, *, max_document_tokens: int = 100) -> CaptureSpec:
+    return CaptureSpec(
+        target=target,
+        conversations=conversations,
+        algorithm="eagle3",
+        aux_layers=None,
+        features=FeaturesConfig(dtype="float32", tokens_per_shard=64),
+        max_document_tokens=max_document_tokens,
+        batch_tokens=64,
+    )
+
+
+def test_captured_features_are_those_of_a_plain_run(tmp_path: Path, tiny_target: ResolvedTarget):
+    spec = make_spec(tiny_target, make_conversations(tmp_path / "conversations", [(10, 20), (5, 30), (40, 50)]))
+    facts = capture.main(spec, tmp_path)
+    # 30 + 35 tokens are one too many for a shard of 64.
+    assert (facts.layers, facts.num_target_layers, facts.hidden_size, facts.dtype) == (LAYERS, 8, 64, "float32")
+    assert (facts.num_documents, facts.num_tokens, facts.num_loss_tokens, facts.num_shards) == (3, 155, 100, 3)
+    model = AutoModelForCausalLM.from_pretrained(tiny_target.model, dtype=torch.float64)
+    for i, (prompt, answer) in enumerate([(10, 20), (5, 30), (40, 50)]):
+        shard = Shard(tmp_path / f"shard-{i:05d}.safetensors")
+        assert shard.document_ids == [f"conversation-{i}"]
+        stored = shard.read(0, prompt + answer)
+        assert stored.loss_mask.tolist() == [False] * prompt + [True] * answer
+        with torch.no_grad():
+            output = model(stored.input_ids.long()[None], output_hidden_states=True)
+        for j, layer in enumerate(LAYERS):
+            exact_TD = output.hidden_states[layer + 1][0]
+            torch.testing.assert_close(stored.aux_hidden[:, j].double(), exact_TD, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(stored.last_hidden.double(), output.hidden_states[-1][0], rtol=1e-4, atol=1e-4)
+        assert stored.target_argmax.tolist() == output.logits[0].argmax(-1).tolist()
+
+
+def test_training_needs_no_target_weights_beside_the_artifact(tmp_path: Path, tiny_target: ResolvedTarget):
+    capture.main(make_spec(tiny_target, make_conversations(tmp_path / "conversations", [(3, 3)])), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tiny_target.model, dtype=torch.float32)
+    head = load_target_head(tmp_path)
+    assert torch.equal(head.embedding_VD, model.model.embed_tokens.weight)
+    assert torch.equal(head.lm_head_VD, model.lm_head.weight)
+    assert head.final_norm_D is not None
+    assert torch.equal(head.final_norm_D, model.model.norm.weight)
+    config = load_target_config(tmp_path)
+    assert config == json.loads((tmp_path / "config.json").read_text())
+    assert {name: config[name] for name in ("model_type", "hidden_size", "vocab_size", "rms_norm_eps")} == {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "vocab_size": 259,
+        "rms_norm_eps": 1e-6,
+    }
+    # The same target in another place must give the same artifact.
+    assert tiny_target.model not in (tmp_path / "config.json").read_text()
+
+
+def test_long_documents_are_cut_and_those_without_an_answer_left_out(
+    tmp_path: Path, tiny_target: ResolvedTarget, caplog: pytest.LogCaptureFixture
+):
+    # After 20 tokens: all of the first, 20 - 15 answers of the second, no answer of the third; the fourth has none.
+    conversations = make_conversations(tmp_path / "conversations", [(4, 6), (15, 25), (20, 5), (7, 0), (1, 1)])
+    with caplog.at_level(logging.INFO):
+        facts = capture.main(make_spec(tiny_target, conversations, max_document_tokens=20), tmp_path)
+    assert (facts.num_documents, facts.num_tokens, facts.num_loss_tokens) == (3, 10 + 20 + 2, 6 + 5 + 1)
+    assert Shard(tmp_path / "shard-00000.safetensors").document_ids == [f"conversation-{i}" for i in (0, 1, 4)]
+    assert "2 conversations cut at 20 tokens (25 tokens lost), 2 left out without an answer" in caplog.text
+
+
+def test_conversations_without_any_answer_are_refused(tmp_path: Path, tiny_target: ResolvedTarget):
+    conversations = make_conversations(tmp_path / "conversations", [(30, 5), (7, 0)])
+    with pytest.raises(ValueError, match=r"none of 2 conversations has an answer in its first 20 tokens"):
+        capture.main(make_spec(tiny_target, conversations, max_document_tokens=20), tmp_path)
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_an_undisturbed_one(
+    tmp_path: Path, tiny_target: ResolvedTarget
+):
+    conversations = make_conversations(tmp_path / "conversations", [(5 + i % 7, 20 + i % 11) for i in range(80)])
+    spec = make_spec(tiny_target, conversations)
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    undisturbed.mkdir()
+    (tmp_path / "spec.json").write_text(spec.model_dump_json())
+    command = [sys.executable, "-m", "specforge_core", "capture", "--spec", str(tmp_path / "spec.json"), "--out"]
+    # Sums over threads: as many of them here as there.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    child = subprocess.Popen([*command, str(killed)], env=environment)
+    while not (killed / "shard-00002.safetensors").exists():
+        assert child.poll() is None, "capture ended before it could be killed"
+        time.sleep(0.001)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    facts = capture.main(spec, undisturbed)
+    finished = load_index(killed).shards
+    assert 0 < len(finished) < facts.num_shards
+    written_at = (killed / finished[0].name).stat().st_mtime_ns
+
+    subprocess.run([*command, str(killed)], env=environment, check=True)
+    assert (killed / finished[0].name).stat().st_mtime_ns == written_at
+    artifact = load_artifact(killed, type(facts))
+    assert artifact.facts == facts
+    assert damaged_shards(killed) == []
+    names = {path.name for path in undisturbed.iterdir()}
+    assert names | {"artifact.json"} == {path.name for path in killed.iterdir()}
+    for name in names:
+        assert (undisturbed / name).read_bytes() == (killed / name).read_bytes(), name
