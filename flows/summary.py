@@ -9,6 +9,7 @@ from specforge_core.artifacts import Published, Record, Rejected, Store
 from specforge_core.benchmark.headline import headline
 from specforge_core.benchmark.report import markdown_table
 from specforge_core.ledger import Outcome, last_artifact
+from tasks.tracking import server_command
 
 MAX_ERROR_CHARS = 300
 
@@ -59,6 +60,18 @@ class BuildSummary(Record):
         if failures:
             return f"{len(failures)} of {num_built} entries did not pass: {', '.join(failures)}"
         return f"{num_built} of {num_built} entries passed"
+
+    def next_steps(self) -> list[str]:
+        """Where to look now, as lines for a terminal."""
+        reports = [f"report:   {self.store / 'reports' / row.entry}.md" for row in self.rows if row.speedup is not None]
+        built = [row.entry for row in self.rows if row.speedup is not None]
+        compare = []
+        if self.comparison_url:
+            compare.append(f"compare:  {self.comparison_url}")
+        if self.comparison_url and not self.tracking_uri.startswith("http"):
+            compare.append(f"          served by `{' '.join(server_command(self.tracking_uri))}`, or `make up`")
+        look = [f"look at:  specbundle show conversation --entry {built[0]}; specbundle report"] if built else []
+        return [*reports, *compare, *look]
 
     def markdown(self) -> str:
         """The table of its rows."""

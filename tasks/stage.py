@@ -54,12 +54,12 @@ class StageResult(NamedTuple, Generic[FactsT]):
 
 
 class StageError(RuntimeError):
-    """A stage whose process failed, with its last lines."""
+    """A stage whose process failed. Its message is one line, because the run's log has all the others."""
 
     def __init__(self, stage: str, error: ProcessError, log: Path) -> None:
-        self.stage, self.status = stage, error.status
-        lines = "\n".join(error.last_lines)
-        super().__init__(f"stage {stage} ended with status {error.status}; whole log: {log}; its last lines:\n{lines}")
+        self.stage, self.status, self.last_lines = stage, error.status, error.last_lines
+        last = next((line.strip() for line in reversed(error.last_lines) if line.strip()), "it printed nothing")
+        super().__init__(f"stage {stage} ended with status {error.status}: {last} (whole log: {log})")
 
 
 def run_logger() -> Logger:

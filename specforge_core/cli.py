@@ -1,0 +1,291 @@
+"""`specbundle build|plan|list|show|report|pin|up`: the factory from a shell.
+
+Thin: it reads records, and what it runs is in `flows`. It is the one module here that imports from there, and only once
+such a command is given, because Prefect and MLflow take seconds to load. So it alone also sets the environment.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from specforge_core.artifacts import SPEC_NAME, Published, Rejected, Store, Withheld
+from specforge_core.benchmark.headline import headline
+from specforge_core.gpus import list_gpus
+from specforge_core.ledger import EntryRecord, last_artifact, load_entry_record
+from specforge_core.manifest import Manifest, ManifestEntry
+from specforge_core.plan import STEPS, make_recipe, plan_entry
+from specforge_core.selection import missing_gpus, named_entries, select_entries
+from specforge_core.stages import USER_ERROR_STATUS, RegenerateSpec
+
+INTERRUPTED_STATUS = 130
+LOG_WIDTH = 160
+PLAN_STYLES = {"fresh": "green", "stale": "yellow", "waits": "dim"}
+ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # A machine that is busy building takes longer than the 20 s that Prefect allows.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_WORKER_QUERY_SECONDS": "2",
+    # Of Prefect's own lines the warnings; of the runs' lines all, each under the name of its run.
+    "PREFECT_LOGGING_LEVEL": "WARNING",
+    "PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL": "INFO",
+    "PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL": "INFO",
+    "PREFECT_LOGGING_FORMATTERS_STANDARD_FLOW_RUN_FMT": "%(flow_run_name)s | %(message)s",
+    "PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT": "%(task_run_name)s | %(message)s",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, 1 for an entry that did not pass, 2 for what a user must change, 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        status: int = args.command(args)
+    except (ValueError, ConnectionError) as error:
+        _stderr(f"error: {error}")
+        return USER_ERROR_STATUS
+    except KeyboardInterrupt:
+        _stderr("interrupted; the same command goes on from what is done")
+        return INTERRUPTED_STATUS
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="specbundle", description="Draft models for speculative decoding, by manifest."
+    )
+    parser.add_argument("--manifest", type=Path, default=Path("bundle_manifest.yaml"), help="default: %(default)s")
+    parser.add_argument("--store", type=Path, help="folder of the artifacts; default: .specbundle beside the manifest")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(command=command)
+        return added
+
+    build_parser = add("build", build, "Build the entries, and publish the drafts that pass their gates.")
+    build_parser.add_argument("--only", nargs="+", metavar="ENTRY", help="default: all that this host has the GPUs for")
+    build_parser.add_argument("--no-publish", action="store_true", help="stop after the gates")
+    plan_parser = add("plan", plan, "Say which stages a build would run, and why; run nothing.")
+    plan_parser.add_argument("--only", nargs="+", metavar="ENTRY", help="default: every entry")
+    add("list", list_entries, "List the entries of the manifest with their last results.")
+    show_parser = add("show", show, "Show an entry's artifacts, or a conversation that its draft was trained on.")
+    show_parser.add_argument("what", metavar="ENTRY|conversation")
+    show_parser.add_argument("--entry", default="demo", help="whose conversations; default: %(default)s")
+    show_parser.add_argument("--index", default="0", help="position of the conversation, or the start of its id")
+    report_parser = add("report", report, "Print what the last builds measured.")
+    report_parser.add_argument("entries", nargs="*", metavar="ENTRY", help="default: every entry that was built")
+    add("pin", pin, "Replace each branch of a Hub repository in the manifest by its commit.")
+    up_parser = add("up", up, "Start server, work pool, deployment, MLflow page and worker, until Ctrl-C.")
+    up_parser.add_argument("--prefect-port", type=int, default=4200)
+    up_parser.add_argument("--mlflow-port", type=int, default=5000)
+    return parser
+
+
+def build(args: argparse.Namespace) -> int:
+    """Run the flow, in this process; then its summary and where to look next."""
+    # What a user got wrong is said before Prefect starts.
+    manifest = Manifest.load(args.manifest)
+    skipped = select_entries(manifest, only=args.only, num_gpus=len(_gpus())).skipped
+    for reason in skipped.values():
+        _stderr(f"skipped: {reason}")
+    from flows.specbundle import specbundle
+    from flows.summary import BuildSummary
+    from tasks.stage import StageError
+
+    def drop_traceback(record: logging.LogRecord) -> bool:
+        # The stage has printed its own; Prefect's, through three layers of engine, would bury it.
+        if record.exc_info and isinstance(record.exc_info[1], StageError):
+            record.exc_info = None
+        return True
+
+    for name in ("prefect.task_runs", "prefect.flow_runs"):
+        logging.getLogger(name).addFilter(drop_traceback)
+    state = specbundle(
+        manifest=args.manifest, only=args.only, publish=not args.no_publish, store=args.store, return_state=True
+    )
+    summary = state.result(raise_on_failure=False)
+    if not isinstance(summary, BuildSummary):
+        _stderr(f"error: {summary}")
+        return 1
+    _print_table([row.cells() for row in summary.rows if row.status != "skipped"], title=summary.message)
+    for line in summary.next_steps():
+        _print(line)
+    return int(any(row.is_failure for row in summary.rows))
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Print each stage's state; an entry whose target or data cannot be pinned says so and does not hide the others."""
+    manifest, store, gpus = Manifest.load(args.manifest), _store(args), _gpus()
+    status = 0
+    for entry in named_entries(manifest, args.only) if args.only else manifest.entries:
+        table = Table(title=_plan_title(entry, len(gpus)), title_justify="left", show_header=False)
+        try:
+            recipe = make_recipe(entry, base_dir=manifest.base_dir, store=store.root, gpus=gpus)
+        except (ValueError, ConnectionError) as error:
+            table.add_row("[red]unknown", str(error))
+            status = USER_ERROR_STATUS
+        else:
+            for stage, state, reason in plan_entry(recipe, store):
+                table.add_row(stage, f"[{PLAN_STYLES[state]}]{state}", reason)
+        _console().print(table)
+    return status
+
+
+def _plan_title(entry: ManifestEntry, num_gpus: int) -> str:
+    missing = missing_gpus(entry, num_gpus)
+    return f"{entry.name}: {entry.draft.algorithm} draft for {entry.target.model}{f' ({missing})' if missing else ''}"
+
+
+def list_entries(args: argparse.Namespace) -> int:
+    """Print one row per entry."""
+    store = _store(args)
+    _print_table(
+        {
+            "entry": entry.name,
+            "target": entry.target.model,
+            "algorithm": entry.draft.algorithm,
+            "GPUs": str(entry.resources.num_gpus or "CPU"),
+            "last result": _last_result(store, entry.name),
+        }
+        for entry in Manifest.load(args.manifest).entries
+    )
+    return 0
+
+
+def _last_result(store: Store, name: str) -> str:
+    record = load_entry_record(store.root, name)
+    benchmark = last_artifact(store, name, "benchmark")
+    means = headline(benchmark.facts) if benchmark else None
+    if means is None:
+        return f"in progress: {', '.join(record.keys)} done" if record.keys else "never built"
+    return f"{_outcome(record)}: acceptance length {means.acceptance_length:.2f}, speedup {means.speedup:.2f}x"
+
+
+def _outcome(record: EntryRecord) -> str:
+    match record.outcome:
+        case Published():
+            return "published"
+        case Rejected():
+            return "rejected"
+        case Withheld():
+            return "passed"
+        case None:
+            return "measured"
+
+
+def show(args: argparse.Namespace) -> int:
+    """Print an entry's artifacts, or one of its conversations."""
+    store = _store(args)
+    if args.what != "conversation":
+        return _show_entry(store, Manifest.load(args.manifest), args.what)
+    conversations = last_artifact(store, args.entry, "regenerate")
+    if conversations is None:
+        raise ValueError(f"{args.entry} has no conversations yet; `specbundle build --only {args.entry}` makes them")
+    # It brings transformers.
+    from specforge_core.data.viewer import show_conversation
+
+    spec = RegenerateSpec.model_validate_json((conversations.path / SPEC_NAME).read_text(encoding="utf-8"))
+    show_conversation(conversations.path, id_or_index=args.index, target=spec.target)
+    return 0
+
+
+def _show_entry(store: Store, manifest: Manifest, name: str) -> int:
+    (entry,) = named_entries(manifest, [name])
+    record = load_entry_record(store.root, entry.name)
+    artifacts = [artifact for stage in STEPS if (artifact := last_artifact(store, name, stage))]
+    _print_table(
+        (
+            {
+                "stage": artifact.stage,
+                "key": artifact.key,
+                "content": artifact.content_id,
+                "made at": f"{artifact.created_at:%Y-%m-%d %H:%M} UTC",
+                "seconds": f"{artifact.elapsed_s:,.0f}",
+                "MB": f"{sum(file.size_bytes for file in artifact.files.values()) / 1e6:,.1f}",
+                "folder": str(artifact.path),
+            }
+            for artifact in artifacts
+        ),
+        title=f"{entry.name}: {_last_result(store, name)}",
+    )
+    match record.outcome:
+        case Published(path=path, content_id=content_id):
+            _print(f"published: {path} ({content_id})")
+        case Rejected(failures=failures):
+            for failure in failures:
+                _print(f"gate {failure.gate}: {failure.message}")
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """Print one row per measurement, and where the whole reports are."""
+    from specforge_core.benchmark.report import load_report, result_rows
+
+    folder = _store(args).root / "reports"
+    files = [folder / f"{name}.json" for name in args.entries] if args.entries else sorted(folder.glob("*.json"))
+    missing = [file.stem for file in files if not file.is_file()]
+    if missing or not files:
+        raise ValueError(f"no report of {', '.join(missing) or 'any entry'} in {folder}; `specbundle build` writes one")
+    reports = {file.stem: load_report(file) for file in files}
+    _print_table({"entry": name} | row for name, made in reports.items() for row in result_rows(made.benchmark))
+    for file in files:
+        _print(f"whole report: {file.with_suffix('.md')}")
+    return 0
+
+
+def pin(args: argparse.Namespace) -> int:
+    """Rewrite the manifest, and print what changed."""
+    from specforge_core.resolve import pin as pin_manifest
+
+    for line in pin_manifest(args.manifest) or ["every Hub revision is a commit already"]:
+        _print(line)
+    return 0
+
+
+def up(args: argparse.Namespace) -> int:
+    """Run until Ctrl-C."""
+    from flows.up import run_services
+
+    store = _store(args)
+    return run_services(store.root, prefect_port=args.prefect_port, mlflow_port=args.mlflow_port)
+
+
+def _store(args: argparse.Namespace) -> Store:
+    return Store(args.store or args.manifest.absolute().parent / ".specbundle")
+
+
+def _gpus() -> tuple[Any, ...]:
+    return list_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=LOG_WIDTH)
+
+
+def _print(line: str) -> None:
+    _console().print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _stderr(line: str) -> None:
+    Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _print_table(rows: Iterable[Mapping[str, str]], *, title: str | None = None) -> None:
+    """A table whose columns are the first row's."""
+    rows = list(rows)
+    table = Table(*(rows[0] if rows else ()), title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row.values())
+    _console().print(table)
