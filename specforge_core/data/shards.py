@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specforge_core.artifacts import Record, file_sha256, write_atomically
+from specforge_core.artifacts import PARTIAL_SUFFIX, Record, file_sha256, write_atomically
 from specforge_core.drafts.base import TargetHead
 from specforge_core.targets import TargetFeatures
 
@@ -137,7 +137,7 @@ class FeatureWriter:
             shard.target_logsumexp[start:stop] = captured.logsumexp_T
         tensors = {**shard._asdict(), OFFSETS_NAME: offsets}
         ids = json.dumps([document.id for document in documents])
-        partial = path.with_name(f".{path.name}.partial")
+        partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
         save_file(tensors, partial, metadata={IDS_KEY: ids})
         with partial.open("rb") as file:
             os.fsync(file.fileno())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from specforge_core.decoding.speculative import generate
 from specforge_core.drafts.base import TargetHead
 from specforge_core.stages import ResolvedTarget
 from specforge_core.targets import Completion, GenerationRequest, Sampling, TargetFeatures
@@ -125,8 +126,6 @@ class HFTarget:
         self, requests: Iterable[GenerationRequest], sampling: Sampling, *, batch_size: int
     ) -> Iterator[Completion]:
         """Completions in the order in which they finish."""
-        from specforge_core.decoding.speculative import generate
-
         for generation in generate(self, requests, sampling, batch_size=batch_size):
             yield generation.completion
 
