@@ -7,7 +7,6 @@ such a command is given, because Prefect and MLflow take seconds to load. So it 
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any

@@ -29,6 +29,11 @@ class EchoSpec(StageSpec):
     """`work`, `fail`, `fail once` (a transient fault), `refuse` (the user's error) or `hang`."""
 
 
+def echo_command(spec: EchoSpec, spec_path: Path, out: Path) -> list[str]:
+    """In the place of `tasks.stage.stage_command`."""
+    return [sys.executable, "-m", "tests.tasks.echo", spec.stage, "--spec", str(spec_path), "--out", str(out)]
+
+
 def say(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()

@@ -15,14 +15,11 @@ from specforge_core.process import children_end_on_error
 from tasks import stage as stage_module
 from tasks.stage import CPU_SLOT, EntryBuild, StageError, run_stage, stage_command
 from tests.builds import entry_build
-from tests.tasks.echo import EchoSpec
+from tests.tasks.echo import EchoSpec, echo_command
 
 
 @pytest.fixture(autouse=True)
 def _echo_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def echo_command(spec: EchoSpec, spec_path: Path, out: Path) -> list[str]:
-        return [sys.executable, "-m", "tests.tasks.echo", spec.stage, "--spec", str(spec_path), "--out", str(out)]
-
     monkeypatch.setattr(stage_module, "stage_command", echo_command)
     monkeypatch.setattr(stage_module, "device_lock_dir", lambda: tmp_path / "devices")
 
@@ -115,7 +112,7 @@ def test_a_gpu_stage_sees_the_gpus_that_it_leased_alone(tmp_path: Path, monkeypa
         pytest.raises(StageError, match="sees 5,7"),
     ):
         run_stage(EchoSpec(text="hello", device="cuda"), build)
-    with pytest.raises(StageError, match=r"sees $"):
+    with pytest.raises(StageError, match=r"status 1: sees \(whole log"):
         run_stage(EchoSpec(text="hello", device="cpu"), build)
 
 
