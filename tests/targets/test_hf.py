@@ -93,6 +93,19 @@ def test_layers_come_in_the_order_asked_for(target: HFTarget, documents: list[Te
     assert torch.equal(forward.aux_hidden_TLD.flip(1), backward.aux_hidden_TLD)
 
 
+def test_a_padded_batch_is_within_its_budget_unless_one_document_is_over_it(
+    tiny_target: ResolvedTarget, documents: list[Tensor]
+):
+    target = HFTarget(tiny_target, device="cpu")
+    shapes = []
+    target.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    list(target.capture(documents, (0,), batch_tokens=64))
+    # Longest first: 90 alone; 40 alone, since 2 x 40 > 64; 22 and 17; 17, 5 and 3, and without 1, since 4 x 17 > 64.
+    assert [shape for shape in shapes if shape != (1, hf.PROBE_TOKENS)] == [(1, 90), (1, 40), (2, 22), (3, 17), (1, 1)]
+
+
 def test_documents_are_read_window_by_window(target: HFTarget):
     num_read = 0
 
