@@ -1,0 +1,58 @@
+# `make bundle` and `make test` do all their own set-up; they need Python >= 3.11, git and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Extra options of pip, e.g. PIP_OPTIONS='--extra-index-url https://download.pytorch.org/whl/cpu' for a smaller torch.
+PIP_OPTIONS ?=
+
+ifeq ($(shell command -v nvidia-smi),)
+KIND := cpu
+EXTRAS := dev
+else
+KIND := gpu
+EXTRAS := dev,gpu
+endif
+INSTALLED := $(VENV)/.installed-$(KIND)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints/$(KIND).txt
+
+.PHONY: bundle test test-slow lint format setup up clean
+.DEFAULT_GOAL := help
+
+help:  ## Say what there is to make.
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+bundle: setup  ## Build the drafts that this machine has the hardware for; ENTRIES='a b' builds those.
+	$(BIN)/specbundle build $(if $(ENTRIES),--only $(ENTRIES))
+
+test: setup  ## Run the tests, without those that take minutes.
+	$(BIN)/python -m pytest
+
+test-slow: setup  ## Run the tests that take minutes: real servers, end to end.
+	$(BIN)/python -m pytest -m slow
+
+lint: setup  ## Check format, style and types.
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: setup  ## Format and fix what can be fixed.
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+up: setup  ## Start Prefect server, deployment, MLflow page and worker, until Ctrl-C.
+	$(BIN)/specbundle up
+
+setup: $(INSTALLED)  ## Create the virtual environment and install into it.
+
+$(INSTALLED): pyproject.toml constraints/$(KIND).txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); SpecBundle needs Python >= 3.11: make PYTHON=/path/to/one" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing for $(KIND), tested versions (a few minutes the first time)"
+	@# First alone: a satisfied torch is left alone, and on a CPU nothing else would ask for the right one.
+	@$(PIP_INSTALL) torch
+	@$(PIP_INSTALL) -e '.[$(EXTRAS)]'
+	@touch $@
+
+clean:  ## Remove the virtual environment; artifacts in .specbundle stay.
+	rm -rf $(VENV)
