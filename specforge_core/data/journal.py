@@ -1,12 +1,13 @@
-"""Completions of an unfinished stage, kept line by line, so that a kill costs what was in flight and no more."""
+"""What an unfinished stage asked and was answered, kept line by line: a kill costs what was in flight and no more."""
 
 import json
 import logging
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-from specforge_core.targets import Completion
+from specforge_core.targets import Completion, FinishReason, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -14,8 +15,17 @@ SYNC_INTERVAL_S = 1.0
 """What a power failure may cost. What a killed process wrote is safe with the kernel."""
 
 
+class Exchange(NamedTuple):
+    """A prompt as it was put to the target, and its answer, as token ids."""
+
+    prompt_ids: tuple[int, ...]
+    """Kept because a chat template may write today's date: rendered again, it might be another prompt."""
+    answer_ids: tuple[int, ...]
+    finish_reason: FinishReason
+
+
 class Journal:
-    """An append-only JSON Lines file of completions; memory holds only where each one lies."""
+    """An append-only JSON Lines file of exchanges; memory holds only where each one lies."""
 
     def __init__(self, path: Path, *, key: str) -> None:
         """Open the journal, or begin one. Raises: ValueError if it was begun for another key."""
@@ -48,17 +58,18 @@ class Journal:
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def __getitem__(self, request_id: str) -> Completion:
-        """The completion of a request. Raises: KeyError if it has none."""
+    def __getitem__(self, request_id: str) -> Exchange:
+        """What was asked and answered. Raises: KeyError if it is not there."""
         self._file.seek(self._offsets[request_id])
         fields = json.loads(self._file.readline())
-        return Completion(fields["id"], tuple(fields["token_ids"]), fields["finish_reason"])
+        return Exchange(tuple(fields["prompt_ids"]), tuple(fields["answer_ids"]), fields["finish_reason"])
 
-    def append(self, completion: Completion) -> None:
-        """Add a completion. Raises: ValueError if its request has one already."""
-        if completion.id in self:
-            raise ValueError(f"request {completion.id} was answered twice")
-        self._offsets[completion.id] = self._write(completion._asdict())
+    def append(self, request: GenerationRequest, completion: Completion) -> None:
+        """Add an exchange. Raises: ValueError if the request has one already."""
+        if request.id in self:
+            raise ValueError(f"request {request.id} was answered twice")
+        exchange = Exchange(tuple(request.input_ids), completion.token_ids, completion.finish_reason)
+        self._offsets[request.id] = self._write({"id": request.id, **exchange._asdict()})
 
     def close(self) -> None:
         """Bring everything to the disk and close the file."""

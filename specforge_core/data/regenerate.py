@@ -1,9 +1,9 @@
 """Stage `regenerate`: the target answers every user turn of the prompts itself.
 
-A conversation is a pure function of its prompt and of the target's completions, `Regeneration.advance`. Completions go
-into a journal as they come; the stage asks for those that are missing, and in the end replays all prompts in order. So
-a resumed stage writes what an undisturbed one writes, as far as the target's arithmetic does not depend on which
-requests share a batch.
+A conversation is a pure function of its prompt and of what the journal holds, `Regeneration.advance`. Answers go into
+the journal as they come; the stage asks for those that are missing, and in the end replays all prompts in order. So a
+resumed stage writes what an undisturbed one writes, as far as the target's arithmetic does not depend on which requests
+share a batch.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from specforge_core.targets import Completion, GenerationRequest, Sampling, Targ
 
 logger = logging.getLogger(__name__)
 
-JOURNAL_NAME = "completions.jsonl"
+JOURNAL_NAME = "journal.jsonl"
 METRICS_INTERVAL_S = 10.0
 MAX_REASONS_LOGGED = 10
 MAX_FAILURES_AHEAD = 32
@@ -151,28 +151,32 @@ class Regeneration:
         input_ids: list[int] = []
         loss_mask: list[bool] = []
         finish_reasons: list[str] = []
-        reason = ""
+        failure: Failure | None = None
         for turn, question in enumerate(questions):
-            request = self._request(prompt, turn, [*messages, question], input_ids)
-            if isinstance(request, Failure):
-                reason = request.reason
+            request_id = f"{prompt.id}/{turn}"
+            messages.append(question)
+            if request_id not in self.journal:
+                request = self._request(request_id, messages, input_ids)
+                if isinstance(request, GenerationRequest):
+                    return request
+                failure = request
                 break
-            if request.id not in self.journal:
-                return request
-            completion = self.journal[request.id]
-            answer = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            exchange = self.journal[request_id]
+            answer = self.tokenizer.decode(exchange.answer_ids, skip_special_tokens=True)
             if not answer.strip():
-                reason = "an empty answer"
+                failure = Failure("an empty answer")
                 break
-            messages += [question, {"role": "assistant", "content": answer}]
-            input_ids = [*request.input_ids, *completion.token_ids]
-            loss_mask += [False] * (len(request.input_ids) - len(loss_mask))
-            loss_mask += [True] * len(completion.token_ids)
-            finish_reasons.append(completion.finish_reason)
-            if completion.finish_reason == "length":
+            messages.append({"role": "assistant", "content": answer})
+            loss_mask += [False] * (len(exchange.prompt_ids) - len(input_ids)) + [True] * len(exchange.answer_ids)
+            input_ids = [*exchange.prompt_ids, *exchange.answer_ids]
+            finish_reasons.append(exchange.finish_reason)
+            if exchange.finish_reason == "length":
                 break
         if not finish_reasons:
-            return Failure(reason)
+            assert failure is not None
+            return failure
+        if messages[-1]["role"] == "user":
+            messages.pop()
         return Conversation(
             id=prompt.id,
             source=prompt.source,
@@ -183,12 +187,16 @@ class Regeneration:
         )
 
     def _request(
-        self, prompt: Prompt, turn: int, messages: Sequence[Message], input_ids: list[int]
+        self, request_id: str, messages: Sequence[Message], input_ids: list[int]
     ) -> GenerationRequest | Failure:
-        """The request for an answer to the last message, or why it cannot be made or got no answer."""
-        request_id = f"{prompt.id}/{turn}"
+        """The request for an answer to the last message, or why it cannot be made or got no answer.
+
+        Its prompt is `input_ids`, the conversation so far, and what leads to the answer; the limit is on both together.
+        """
+        if request_id in self.failed_requests:
+            return Failure(self.failed_requests[request_id])
         try:
-            if turn == 0:
+            if not input_ids:
                 added_ids: list[int] | None = prompt_ids(self.tokenizer, messages)
             else:
                 added_ids = next_turn_ids(self.tokenizer, messages, end_id=input_ids[-1])
@@ -198,8 +206,6 @@ class Regeneration:
             return Failure("the chat template does not keep the history")
         if len(input_ids) + len(added_ids) > self.max_prompt_tokens:
             return Failure(f"the prompt is longer than max_prompt_tokens={self.max_prompt_tokens}")
-        if request_id in self.failed_requests:
-            return Failure(self.failed_requests[request_id])
         return GenerationRequest(request_id, (*input_ids, *added_ids))
 
     def conversations(self, prompts: Sequence[Prompt]) -> Iterator[Conversation]:
@@ -228,9 +234,10 @@ class Regeneration:
         with progress(desc="regenerate", total=len(prompts), unit="conversation") as bar:
             while self.waiting:
                 for completion in self._completions(bar):
-                    self.journal.append(completion)
+                    prompt, request = self.in_flight.pop(completion.id)
+                    self.journal.append(request, completion)
                     # To the front: a conversation that has begun is finished before another one begins.
-                    self.waiting.appendleft(self.in_flight.pop(completion.id).prompt)
+                    self.waiting.appendleft(prompt)
                     num_tokens += len(completion.token_ids)
                     bar.set_postfix_str(f"{num_tokens:,} tokens", refresh=False)
                     if time.monotonic() - reported_at > METRICS_INTERVAL_S:

@@ -12,10 +12,11 @@ import pytest
 from specforge_core.artifacts import METRICS_NAME, PROGRESS_DIRECTORY, load_artifact, seal
 from specforge_core.data import regenerate as stage
 from specforge_core.data.conversations import conversation_shards, load_conversations
-from specforge_core.data.journal import Journal
+from specforge_core.data.journal import Exchange, Journal
 from specforge_core.data.regenerate import JOURNAL_NAME, regenerate
 from specforge_core.stages import RegenerateSpec, ResolvedTarget
-from specforge_core.targets import Completion
+from specforge_core.targets import Completion, GenerationRequest
+from tests import tiny
 from tests.data.interrupted_regenerate import answer as scripted_answer
 from tests.data.scripted_target import END, START, TOKENIZER, ScriptedTarget, make_spec, text_ids, write_rows
 
@@ -170,7 +171,7 @@ def test_a_run_killed_without_warning_goes_on_and_gives_the_bytes_of_an_undistur
     assert 12 <= len(done_before) < 79
     # As if the kill had come in the middle of a write.
     with journal.open("ab") as file:
-        file.write(b'{"id":"torn/0","token_ids":[1,2')
+        file.write(b'{"id":"torn/0","prompt_ids":[1,2')
 
     target = ScriptedTarget(scripted_answer)
     resumed_facts = regenerate(spec, target, TOKENIZER, killed)
@@ -202,21 +203,42 @@ def test_a_finished_journal_is_not_asked_for_again_and_goes_when_the_artifact_is
 def test_the_journal_of_another_spec_is_refused(tmp_path: Path) -> None:
     prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": "a"}])
     regenerate(make_spec(prompts), ScriptedTarget(lambda question: "yes"), TOKENIZER, tmp_path)
-    with pytest.raises(ValueError, match=r"completions\.jsonl was begun for spec \w+, this is \w+: delete it"):
+    with pytest.raises(ValueError, match=r"journal\.jsonl was begun for spec \w+, this is \w+: delete it"):
         regenerate(make_spec(prompts, seed=1), ScriptedTarget(str), TOKENIZER, tmp_path)
 
 
-def test_a_journal_keeps_one_completion_for_a_request(tmp_path: Path) -> None:
-    completion = Completion("a/0", (5, 6), "stop")
+def test_a_journal_keeps_one_answer_for_a_request(tmp_path: Path) -> None:
+    request, completion = GenerationRequest("a/0", [1, 2]), Completion("a/0", (5, 6), "stop")
     journal = Journal(tmp_path / "journal.jsonl", key="k")
-    journal.append(completion)
+    journal.append(request, completion)
     with pytest.raises(ValueError, match="a/0 was answered twice"):
-        journal.append(completion)
+        journal.append(request, completion)
     journal.close()
     reopened = Journal(tmp_path / "journal.jsonl", key="k")
     assert (len(reopened), "a/0" in reopened, "a/1" in reopened) == (1, True, False)
-    assert reopened["a/0"] == completion
+    assert reopened["a/0"] == Exchange((1, 2), (5, 6), "stop")
     reopened.close()
+
+
+def test_a_stage_resumed_on_another_day_keeps_the_prompts_that_were_answered(tmp_path: Path) -> None:
+    spec = make_spec(write_rows(tmp_path / "p.jsonl", [{"turns": ["hi", "why?"]}]))
+    dated = tiny.make_tokenizer()
+
+    def interrupted(question: str) -> str:
+        if question == "why?":
+            raise KeyboardInterrupt
+        return "yes"
+
+    dated.chat_template = "Monday " + tiny.CHAT_TEMPLATE
+    with pytest.raises(KeyboardInterrupt):
+        regenerate(spec, ScriptedTarget(interrupted), dated, tmp_path)
+    dated.chat_template = "Tuesday " + tiny.CHAT_TEMPLATE
+    regenerate(spec, ScriptedTarget(lambda question: "no"), dated, tmp_path)
+    [row] = rows_of(tmp_path)
+    text = TOKENIZER.decode(row["input_ids"])
+    assert text.startswith("Monday <|im_start|>user\nhi")
+    assert "Tuesday" not in text
+    assert [message["content"] for message in row["messages"]] == ["hi", "yes", "why?", "no"]
 
 
 def test_metrics_say_how_fast_the_target_spoke(tmp_path: Path) -> None:
