@@ -17,12 +17,9 @@ from specforge_core.artifacts import ServingDraft, write_atomically
 from specforge_core.drafts.eagle3 import NUM_AUX_LAYERS, Eagle3Draft, attend
 from specforge_core.export.verify import CONFIG_NAME, WEIGHTS_NAME, check_serving_folder
 from specforge_core.stages import ExportSpec, ResolvedTarget
+from specforge_core.training.train import DRAFT_CONFIG_NAME, DRAFT_NAME
 
 logger = logging.getLogger(__name__)
-
-# What the training stage leaves in its artifact: serving names, float32 values.
-CHECKPOINT_WEIGHTS_NAME = "draft.safetensors"
-CHECKPOINT_CONFIG_NAME = "draft_config.json"
 
 SERVING_DTYPE = torch.bfloat16
 FIXTURE_TOKENS = 16
@@ -37,8 +34,8 @@ def main(spec: ExportSpec, out: Path) -> ServingDraft:
     The target's embedding is left out: the server shares the target's own.
     Raises: ValueError if the trained draft is not one that SGLang would serve as trained.
     """
-    config = json.loads((spec.checkpoint / CHECKPOINT_CONFIG_NAME).read_text(encoding="utf-8"))
-    trained = serving_tensors(load_file(spec.checkpoint / CHECKPOINT_WEIGHTS_NAME))
+    config = json.loads((spec.checkpoint / DRAFT_CONFIG_NAME).read_text(encoding="utf-8"))
+    trained = serving_tensors(load_file(spec.checkpoint / DRAFT_NAME))
     write_atomically(out / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_file(trained, out / WEIGHTS_NAME, metadata={"format": "pt"})
     check_serving_folder(out, load_target_config(spec.target))
@@ -94,7 +91,7 @@ def reload_error(folder: Path, config: dict[str, Any], trained: dict[str, Tensor
     if not error == 0.0:
         raise ValueError(
             f"the draft in {folder} has the trained tensors, but its logits differ by {error}: "
-            f"its {CONFIG_NAME} describes another model than {CHECKPOINT_CONFIG_NAME} of the checkpoint"
+            f"its {CONFIG_NAME} describes another model than {DRAFT_CONFIG_NAME} of the checkpoint"
         )
     return error
 
