@@ -115,6 +115,8 @@ def config_errors(config: dict[str, Any], target_config: dict[str, Any]) -> list
         for name in FLAG_FIELDS
         if not isinstance(config.get(name), bool)
     ]
+    if "rms_norm_eps" not in config:
+        errors.append(f"{CONFIG_NAME}: rms_norm_eps is absent; a server would take its own")
     # A server would make room for biases, and nothing would fill it.
     errors += [
         f"{CONFIG_NAME}: {name} is true, the draft has none"

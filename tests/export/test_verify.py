@@ -19,6 +19,7 @@ CONFIG: dict[str, Any] = {
     "num_hidden_layers": 1,
     "hidden_act": "silu",
     "torch_dtype": "bfloat16",
+    "rms_norm_eps": 1e-6,
     "norm_before_residual": False,
     "tie_word_embeddings": False,
     "fc_norm": False,
@@ -154,6 +155,11 @@ def test_a_scaled_rope_in_both_schemas_passes(tmp_path: Path) -> None:
 def test_a_flag_left_to_the_servers_default_is_refused(tmp_path: Path, name: str) -> None:
     config = {key: value for key, value in CONFIG.items() if key != name}
     assert f"{name} is 'absent'" in refusal(write_folder(tmp_path, config, good_tensors()))
+
+
+def test_an_epsilon_left_to_the_servers_default_is_refused(tmp_path: Path) -> None:
+    config = {key: value for key, value in CONFIG.items() if key != "rms_norm_eps"}
+    assert "rms_norm_eps is absent" in refusal(write_folder(tmp_path, config, good_tensors()))
 
 
 def test_the_norms_of_eagle_3_1_are_there_exactly_if_the_flag_says_so(tmp_path: Path) -> None:
