@@ -1,0 +1,1 @@
+"""What a draft does for its target, measured and written down."""

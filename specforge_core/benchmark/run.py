@@ -1,0 +1,173 @@
+"""Stage `benchmark`: what a draft does for its target, in this process.
+
+An interrupted benchmark begins again: the figures of one result are of one session on one machine.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from specforge_core.artifacts import BenchmarkResult, Environment, write_atomically
+from specforge_core.benchmark.lossless import LosslessCheck
+from specforge_core.benchmark.measure import UNTIMED_BATCH_SIZE, Recorder, Subject, Workload, decode, measure
+from specforge_core.benchmark.suites import load_requests
+from specforge_core.data.conversations import scan_columns
+from specforge_core.decoding.eagle3_drafter import load_eagle3_drafter
+from specforge_core.decoding.ngram import NgramDrafter, SupervisedTokens, learn_continuations
+from specforge_core.decoding.speculative import Generation
+from specforge_core.gpus import cpu_name
+from specforge_core.stages import BenchmarkSpec
+from specforge_core.targets import Sampling
+from specforge_core.targets.hf import HFTarget
+
+logger = logging.getLogger(__name__)
+
+RESULT_NAME = "result.json"
+REQUESTS_NAME = "requests.jsonl"
+THREAD_PROBE_TOKENS = 24
+VERSIONS_OF = ("specbundle", "torch", "transformers")
+
+
+def main(spec: BenchmarkSpec, out: Path) -> BenchmarkResult:
+    """The result, which `out` holds too, beside every single answer (`requests.jsonl`).
+
+    Raises: ValueError for a target that cannot be decoded in this process, a draft of another target, or an unusable
+    suite.
+    """
+    target = HFTarget(spec.target, device=spec.device)
+    subject = Subject(
+        target=target,
+        drafter=load_eagle3_drafter(spec.draft, target),
+        ngram_drafter=NgramDrafter(learn_continuations(supervised_tokens(spec.conversations))),
+        check=LosslessCheck(spec.target, target),
+    )
+    workloads = [
+        Workload(
+            suite=suite.name,
+            requests=requests,
+            sampling=Sampling(suite.max_new_tokens, spec.benchmark.temperature, seed=spec.benchmark.seed),
+            serving=serving,
+            repeats=spec.benchmark.repeats,
+        )
+        for suite in spec.benchmark.suites
+        for requests in [load_requests(suite, target, batch_size=UNTIMED_BATCH_SIZE)]
+        for serving in spec.benchmark.serving
+    ]
+    num_threads = fastest_num_threads(target, workloads[0])
+    measurements = []
+    with recording(out / REQUESTS_NAME, target.tokenizer) as record, torch_threads(num_threads):
+        for workload in workloads:
+            measurement = measure(subject, workload, record)
+            measurements.append(measurement)
+            logger.info(
+                "%s at concurrency %d: acceptance length %.2f (n-gram %.2f), speedup %.2f (%.2f to %.2f)",
+                measurement.suite,
+                measurement.serving.concurrency,
+                measurement.acceptance_length,
+                measurement.ngram_acceptance_length,
+                measurement.speedup,
+                measurement.speedup_low,
+                measurement.speedup_high,
+            )
+    result = BenchmarkResult(measurements=tuple(measurements), environment=environment(target.device, num_threads))
+    write_atomically(out / RESULT_NAME, result.model_dump_json(indent=1) + "\n")
+    return result
+
+
+def supervised_tokens(conversations: Path) -> Iterator[SupervisedTokens]:
+    """The token ids of regenerated conversations, with their loss masks."""
+    for batch in scan_columns(conversations, ["input_ids", "loss_mask"]):
+        for row in batch.to_pylist():
+            yield SupervisedTokens(row["input_ids"], row["loss_mask"])
+
+
+def fastest_num_threads(target: HFTarget, workload: Workload) -> int:
+    """The number of CPU threads at which the target decodes fastest without a draft; both sides then run with it.
+
+    One token at a time is little work, and threads that wait for each other may cost more than they bring.
+    """
+    if target.device.type != "cpu":
+        return torch.get_num_threads()
+    probe = workload._replace(sampling=workload.sampling._replace(max_new_tokens=THREAD_PROBE_TOKENS))
+    requests = workload.requests[: workload.serving.concurrency]
+    candidates = sorted({1, 2, torch.get_num_threads() // 2, torch.get_num_threads()} - {0})
+    speeds = {}
+    for num_threads in candidates:
+        with torch_threads(num_threads):
+            # The better of two: the first one also wakes the threads up.
+            speeds[num_threads] = max(
+                decode(target, probe, requests, None, batch_size=len(requests)).output_tokens_per_s for _ in range(2)
+            )
+    logger.info("output tokens/s without draft by number of threads: %s", speeds)
+    return max(candidates, key=lambda num_threads: speeds[num_threads])
+
+
+@contextlib.contextmanager
+def torch_threads(num_threads: int) -> Iterator[None]:
+    """Compute with so many threads, and then with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def recording(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Recorder]:
+    """A recorder that writes one JSON line a generation."""
+    with path.open("w", encoding="utf-8") as file:
+
+        def record(workload: Workload, drafter: str | None, generation: Generation) -> None:
+            line = {
+                "suite": workload.suite,
+                "num_steps": workload.serving.num_steps,
+                "concurrency": workload.serving.concurrency,
+                "drafter": drafter,
+                "id": generation.completion.id,
+                "num_output_tokens": len(generation.completion.token_ids),
+                "num_verify_steps": generation.num_verify_steps,
+                "accepted_by_position": generation.accepted_by_position,
+                "elapsed_s": round(generation.elapsed_s, 4),
+                "finish_reason": generation.completion.finish_reason,
+                "text": tokenizer.decode(generation.completion.token_ids),
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+        yield record
+
+
+def environment(device: torch.device, num_threads: int) -> Environment:
+    """What this process runs on."""
+    return Environment(
+        cpu=cpu_name(),
+        num_threads=num_threads,
+        gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        versions={name: importlib.metadata.version(name) for name in VERSIONS_OF},
+        commit=commit(),
+        command=shlex.join(["python", *sys.orig_argv[1:]]),
+    )
+
+
+def commit() -> str | None:
+    """The commit of this project, `-dirty` if files differ from it; None outside a checkout of it, or without git."""
+    source = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(source.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        # An installed copy may lie inside a checkout of something else.
+        git("ls-files", "--error-unmatch", source.name)
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return None

@@ -1,0 +1,100 @@
+"""The requests of a benchmark suite: the last question of each prompt, after a conversation that the target had itself.
+
+Earlier answers are greedy and the same for every draft, so drafts are compared on equal contexts.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jinja2
+
+from specforge_core.data.chat_template import next_turn_ids, prompt_ids
+from specforge_core.data.prompts import Message, Prompt, load_prompts
+from specforge_core.decoding.speculative import generate
+from specforge_core.stages import ResolvedSuite
+from specforge_core.targets import Completion, GenerationRequest, Sampling
+from specforge_core.targets.hf import HFTarget
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Dialogue:
+    """A prompt, as far as it is asked: `messages` ends with the question that `request` puts."""
+
+    messages: list[Message]
+    request: GenerationRequest
+    later_questions: list[Message]
+
+
+def load_requests(suite: ResolvedSuite, target: HFTarget, *, batch_size: int) -> list[GenerationRequest]:
+    """One request a prompt, in the suite's order; equal prompts are asked once.
+
+    A prompt that the chat template refuses or that leaves no room for an answer is left out with a warning. Where a
+    conversation cannot go on (an answer was cut off, or the template does not keep the history), its last question is
+    the one that it got to.
+
+    Args: batch_size: of the answers to earlier questions.
+    Raises: ValueError if no prompt is left.
+    """
+    prompts = {prompt.id: prompt for prompt in load_prompts(suite.source)}
+    dialogues = {
+        dialogue.request.id: dialogue for prompt in prompts.values() if (dialogue := _begin(prompt, target)) is not None
+    }
+    if len(dialogues) < len(prompts):
+        logger.warning("suite %s: %d of %d prompts left out", suite.name, len(prompts) - len(dialogues), len(prompts))
+    if not dialogues:
+        raise ValueError(
+            f"suite {suite.name}: none of the {len(prompts)} prompts of {suite.source.dataset} can be asked"
+        )
+    asked = [dialogue for dialogue in dialogues.values() if dialogue.later_questions]
+    while asked:
+        for completion in _greedy(target, [dialogue.request for dialogue in asked], suite.max_new_tokens, batch_size):
+            _go_on(dialogues[completion.id], completion, target)
+        asked = [dialogue for dialogue in asked if dialogue.later_questions]
+    return [dialogue.request for dialogue in dialogues.values()]
+
+
+def _begin(prompt: Prompt, target: HFTarget) -> _Dialogue | None:
+    first_question = next(i for i, message in enumerate(prompt.messages) if message["role"] == "user")
+    messages = list(prompt.messages[: first_question + 1])
+    try:
+        input_ids = prompt_ids(target.tokenizer, messages)
+    except jinja2.TemplateError as error:
+        logger.warning("prompt %s: the chat template refuses it: %s", prompt.id, error)
+        return None
+    if len(input_ids) >= target.config.max_position_embeddings:
+        logger.warning(
+            "prompt %s: %d tokens leave no room for an answer within the target's %d",
+            prompt.id,
+            len(input_ids),
+            target.config.max_position_embeddings,
+        )
+        return None
+    return _Dialogue(messages, GenerationRequest(prompt.id, input_ids), list(prompt.messages[first_question + 1 :]))
+
+
+def _go_on(dialogue: _Dialogue, completion: Completion, target: HFTarget) -> None:
+    """Put the next question, or make the present one the last."""
+    question, *dialogue.later_questions = dialogue.later_questions
+    answer = target.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    messages: list[Message] = [*dialogue.messages, {"role": "assistant", "content": answer}, question]
+    added_ids = None
+    if completion.finish_reason == "stop":
+        with contextlib.suppress(jinja2.TemplateError):
+            added_ids = next_turn_ids(target.tokenizer, messages, end_id=completion.token_ids[-1])
+    input_ids = [*dialogue.request.input_ids, *completion.token_ids, *(added_ids or [])]
+    if added_ids is None or len(input_ids) >= target.config.max_position_embeddings:
+        dialogue.later_questions = []
+        return
+    dialogue.messages = messages
+    dialogue.request = GenerationRequest(dialogue.request.id, input_ids)
+
+
+def _greedy(
+    target: HFTarget, requests: Sequence[GenerationRequest], max_new_tokens: int, batch_size: int
+) -> Iterator[Completion]:
+    for generation in generate(target, requests, Sampling(max_new_tokens), batch_size=batch_size):
+        yield generation.completion
