@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from specforge_core.stages import ResolvedTarget
 from tests import tiny
@@ -16,3 +17,9 @@ def tiny_target_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_target(tiny_target_dir: Path) -> ResolvedTarget:
     return tiny.resolved(tiny_target_dir)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # Tensors this small only pay for threads, and a busy machine makes them wait for each other.
+    torch.set_num_threads(1)
