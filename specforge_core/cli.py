@@ -7,12 +7,14 @@ such a command is given, because Prefect and MLflow take seconds to load. So it 
 import argparse
 import logging
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from specforge_core.artifacts import SPEC_NAME, Published, Rejected, Store, Withheld
 from specforge_core.benchmark.headline import headline
@@ -38,6 +40,7 @@ ENVIRONMENT = {
     "PREFECT_LOGGING_LEVEL": "WARNING",
     "PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL": "INFO",
     "PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL": "INFO",
+    "PREFECT_LOGGING_FORMATTERS_STANDARD_FORMAT": "%(levelname)s: %(message)s",
     "PREFECT_LOGGING_FORMATTERS_STANDARD_FLOW_RUN_FMT": "%(flow_run_name)s | %(message)s",
     "PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT": "%(task_run_name)s | %(message)s",
 }
@@ -110,6 +113,8 @@ def build(args: argparse.Namespace) -> int:
 
     for name in ("prefect.task_runs", "prefect.flow_runs"):
         logging.getLogger(name).addFilter(drop_traceback)
+    # Such as what it waits for.
+    logging.getLogger("specforge_core").setLevel(logging.INFO)
     state = specbundle(
         manifest=args.manifest, only=args.only, publish=not args.no_publish, store=args.store, return_state=True
     )
@@ -128,15 +133,16 @@ def plan(args: argparse.Namespace) -> int:
     manifest, store, gpus = Manifest.load(args.manifest), _store(args), _gpus()
     status = 0
     for entry in named_entries(manifest, args.only) if args.only else manifest.entries:
-        table = Table(title=_plan_title(entry, len(gpus)), title_justify="left", show_header=False)
+        _print(_plan_title(entry, len(gpus)))
+        table = Table(show_header=False)
         try:
             recipe = make_recipe(entry, base_dir=manifest.base_dir, store=store.root, gpus=gpus)
         except (ValueError, ConnectionError) as error:
-            table.add_row("[red]unknown", str(error))
+            table.add_row(Text("unknown", style="red"), Text(str(error)))
             status = USER_ERROR_STATUS
         else:
             for stage, state, reason in plan_entry(recipe, store):
-                table.add_row(stage, f"[{PLAN_STYLES[state]}]{state}", reason)
+                table.add_row(stage, Text(state, style=PLAN_STYLES[state]), Text(reason))
         _console().print(table)
     return status
 
@@ -180,7 +186,7 @@ def _outcome(record: EntryRecord) -> str:
         case Withheld():
             return "passed"
         case None:
-            return "measured"
+            return "being built again; before"
 
 
 def show(args: argparse.Namespace) -> int:
@@ -284,7 +290,14 @@ def _stderr(line: str) -> None:
 def _print_table(rows: Iterable[Mapping[str, str]], *, title: str | None = None) -> None:
     """A table whose columns are the first row's."""
     rows = list(rows)
-    table = Table(*(rows[0] if rows else ()), title=title, title_justify="left")
+    if title:
+        _print(title)
+    table = Table(*(rows[0] if rows else ()))
     for row in rows:
-        table.add_row(*row.values())
+        # Not markup: a detail may hold brackets.
+        table.add_row(*map(Text, row.values()))
     _console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

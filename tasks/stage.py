@@ -102,7 +102,7 @@ def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store) -> Artifa
                 stage_command(spec, spec_path, directory),
                 log=log,
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(lease.devices) if spec.device == "cuda" else ""},
-                on_line=logger.info,
+                on_line=lambda line: logger.info(line) if line.strip() else None,
                 hold_fds=(lock_fd, *lease.fds),
             ) as process,
         ):

@@ -1,0 +1,124 @@
+"""The real thing: `specbundle up` with its server and worker, deployment runs on a tiny real target, cancelled ones."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from uuid import UUID
+
+import psutil
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelling
+
+from tests.factory import make_factory, tiny_entry
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Services(NamedTuple):
+    """A running `specbundle up`."""
+
+    process: psutil.Process
+    env: dict[str, str]
+    log: Path
+
+    def run(self, *options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "prefect", "deployment", "run", "specbundle/build", *options]
+        return subprocess.run(command, env=self.env, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_until(is_so: Callable[[], object], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, f"not so after {timeout_s:g} s"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    home = tmp_path_factory.mktemp("up")
+    port = free_port()
+    # A temporary folder of its own also holds the leases: a build elsewhere on this host is not waited for.
+    env = {**os.environ, "PREFECT_HOME": str(home / "prefect"), "TMPDIR": str(home), "OMP_NUM_THREADS": "2"}
+    env["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    ports = ["--prefect-port", str(port), "--mlflow-port", str(free_port())]
+    command = [sys.executable, "-m", "specforge_core.cli", "--store", str(home / "store"), "up", *ports]
+    log = home / "up.log"
+    with log.open("w") as output:
+        started = subprocess.Popen(command, env=env, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
+    process = psutil.Process(started.pid)
+    try:
+        wait_until(lambda: re.search(r"Worker .* started", log.read_text()) or started.poll() is not None, 240)
+        assert started.poll() is None, log.read_text()
+        yield Services(process, env, log)
+    finally:
+        family = process.children(recursive=True) if process.is_running() else []
+        started.send_signal(signal.SIGINT)
+        started.wait(60)
+        assert psutil.wait_procs(family, timeout=30)[1] == [], "`specbundle up` left processes"
+
+
+def test_a_deployment_run_builds_and_publishes(tmp_path: Path, services: Services) -> None:
+    manifest = make_factory(tmp_path)
+    finished = services.run("-p", 'only=["tiny"]', "-p", f'manifest="{manifest}"', "--watch")
+    assert finished.returncode == 0, finished.stdout + services.log.read_text()
+    published = {file.name for file in (tmp_path / ".specbundle/published/tiny").iterdir()}
+    assert published >= {"model.safetensors", "config.json", "README.md", "lineage.json"}
+
+
+def test_a_deployment_run_with_a_failing_entry_exits_with_failure(tmp_path: Path, services: Services) -> None:
+    strict = tiny_entry("strict") | {"gates": {"min_acceptance_length": 4.0, "min_speedup": 0.0}}
+    manifest = make_factory(tmp_path, strict, tiny_entry())
+    finished = services.run("-p", f'manifest="{manifest}"', "--watch")
+    assert finished.returncode == 1, finished.stdout + services.log.read_text()
+    assert "1 of 2 entries did not pass: strict" in services.log.read_text()
+    assert (tmp_path / ".specbundle/published/tiny").is_dir()
+    assert not (tmp_path / ".specbundle/published/strict").exists()
+
+
+def test_a_cancelled_run_leaves_no_stage_behind(tmp_path: Path, services: Services) -> None:
+    endless = tiny_entry("endless")
+    endless["training"] |= {"num_epochs": 1_000_000}
+    manifest = make_factory(tmp_path, endless)
+    started = services.run("-p", f'manifest="{manifest}"')
+    found = re.search(r"UUID: ([0-9a-f-]{36})", started.stdout)
+    assert found, started.stdout
+
+    def stages() -> list[psutil.Process]:
+        children = services.process.children(recursive=True)
+        return [child for child in children if child.is_running() and str(tmp_path) in " ".join(child.cmdline())]
+
+    wait_until(lambda: any("train" in stage.cmdline() for stage in stages()), 240)
+    state = asyncio.run(cancel(services.env["PREFECT_API_URL"], UUID(found[1])))
+    assert state == "CANCELLED"
+    assert stages() == []
+
+
+async def cancel(api_url: str, run_id: UUID) -> str:
+    """The type of the state that the run ends in."""
+    with temporary_settings({PREFECT_API_URL: api_url}):
+        async with get_client() as client:
+            await client.set_flow_run_state(run_id, Cancelling())
+            for _ in range(300):
+                run = await client.read_flow_run(run_id)
+                if run.state and run.state.is_final():
+                    return run.state.type.value
+                await asyncio.sleep(0.2)
+    return "still running after 60 s"

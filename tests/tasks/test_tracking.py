@@ -1,0 +1,190 @@
+"""What the tracker keeps, on a real MLflow over sqlite; and that a tracker out of reach costs nothing."""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from specforge_core.artifacts import Conversations, seal
+from specforge_core.manifest import ServingConfig
+from tasks import tracking
+from tasks.tracking import TrackedRun, comparison_url, result_metrics, start_run, tracking_uri
+from tests import made_build
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # One for all: creating the database takes a second.
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(autouse=True)
+def _no_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture
+def run(store: Path) -> TrackedRun:
+    return start_run(tracking.ENTRIES, "demo", store=store, tags={"specbundle.build": "b1"})
+
+
+def read(run: TrackedRun) -> Run:
+    assert run.run_id is not None
+    return MlflowClient(run.uri).get_run(run.run_id)
+
+
+def curve(run: TrackedRun, name: str) -> list[tuple[int, float]]:
+    assert run.run_id is not None
+    return [(metric.step, metric.value) for metric in MlflowClient(run.uri).get_metric_history(run.run_id, name)]
+
+
+def test_the_database_is_an_absolute_path_in_the_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tracking_uri(Path("store")) == f"sqlite:///{tmp_path}/store/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
+    assert tracking_uri(Path("store")) == "http://tracker:5000"
+
+
+def test_builds_and_entries_are_runs_of_two_experiments(store: Path, run: TrackedRun) -> None:
+    build = start_run(tracking.BUILDS, "all", store=store, tags={})
+    client = MlflowClient(run.uri)
+    names = {client.get_experiment(read(one).info.experiment_id).name for one in (run, build)}
+    assert names == {"specbundle-builds", "specbundle-entries"}
+    assert read(run).data.tags["specbundle.build"] == "b1"
+
+
+def test_the_comparison_page_charts_the_entries(store: Path, run: TrackedRun) -> None:
+    experiment = read(run).info.experiment_id
+    assert comparison_url(store, port=5001) == (
+        f"http://127.0.0.1:5001/#/experiments/{experiment}/runs?compareRunsMode=CHART"
+    )
+
+
+def test_nested_parameters_get_dotted_names(run: TrackedRun) -> None:
+    run.log_params({"training": {"learning_rate": 0.001, "betas": [0.9, 0.95]}, "publish": True})
+    assert read(run).data.params == {
+        "training.learning_rate": "0.001",
+        "training.betas": "[0.9, 0.95]",
+        "publish": "True",
+    }
+
+
+def test_an_artifact_leaves_its_digests_and_its_record(run: TrackedRun, tmp_path: Path) -> None:
+    facts = Conversations(
+        num_conversations=1,
+        num_tokens=2,
+        num_loss_tokens=1,
+        num_failed=0,
+        num_cut_off=0,
+        chat_template_sha256="ab" * 32,
+    )
+    artifact = seal(
+        tmp_path, facts, stage="regenerate", key="k1", inputs={"prompts": "p1"}, elapsed_s=1.0, hardware="any"
+    )
+    run.log_artifact_record(artifact)
+    tags = read(run).data.tags
+    assert tags["regenerate.key"] == "k1"
+    assert tags["regenerate.content_id"] == artifact.content_id
+    assert tags["regenerate.input.prompts"] == "p1"
+    assert run.run_id is not None
+    kept = MlflowClient(run.uri).list_artifacts(run.run_id, "regenerate")
+    assert [file.path for file in kept] == ["regenerate/artifact.json"]
+
+
+def test_curves_grow_while_a_stage_runs(run: TrackedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "FOLLOW_INTERVAL_S", 0.05)
+    path = tmp_path / "metrics.jsonl"
+    with run.follow(path, stage="train"), path.open("a") as file:
+        file.write(json.dumps({"step": 10, "train/loss": 2.5, "lr": 0.1}) + "\n")
+        file.write('{"step": 20, "train/lo')
+        file.flush()
+        deadline = time.monotonic() + 20
+        while not curve(run, "train/loss"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        # A line that is half written is not read yet.
+        assert curve(run, "train/loss") == [(10, 2.5)]
+        file.write('ss": 2.0, "note": "text"}\n')
+    assert curve(run, "train/loss") == [(10, 2.5), (20, 2.0)]
+    # A name without a section gets the stage's.
+    assert curve(run, "train/lr") == [(10, 0.1)]
+
+
+def test_a_resumed_stage_that_writes_its_lines_again_adds_none_twice(
+    run: TrackedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "FOLLOW_INTERVAL_S", 0.05)
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 10.0 - step}) + "\n" for step in (1, 2, 3)]
+    path.write_text("".join(lines[:2]))
+    with run.follow(path, stage="train"):
+        deadline = time.monotonic() + 20
+        while len(curve(run, "train/loss")) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        # It went back to its checkpoint after step 1.
+        path.write_text(lines[0])
+        path.write_text("".join(lines))
+    assert curve(run, "train/loss") == [(1, 9.0), (2, 8.0), (3, 7.0)]
+
+
+def test_result_metrics_are_named_by_suite_and_mean_over_suites() -> None:
+    wide = ServingConfig(concurrency=8)
+    result = made_build.result(
+        # Acceptance lengths 3.0 and 2.0; speedups 2.0 and 1.125, whose geometric mean is 1.5.
+        made_build.measurement("math"),
+        made_build.measurement("code", num_output_tokens=200, speedup=1.125),
+        made_build.measurement("math", serving=wide, speedup=1.25),
+    )
+    assert result_metrics(result) == pytest.approx(
+        {
+            "accept_length/math": 3.0,
+            "accept_length/code": 2.0,
+            "accept_length/math-c8-s3": 3.0,
+            "accept_length/mean": 2.5,
+            "speedup/math": 2.0,
+            "speedup/code": 1.125,
+            "speedup/math-c8-s3": 1.25,
+            "speedup/mean": 1.5,
+        }
+    )
+
+
+def test_a_tracker_out_of_reach_is_warned_of_once_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Port 9 is the discard service's: nobody listens there.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with caplog.at_level(logging.WARNING, logger="tasks.tracking"):
+        run = start_run(tracking.ENTRIES, "demo", store=tmp_path, tags={})
+        run.log_params({"a": 1})
+        with run.follow(tmp_path / "metrics.jsonl", stage="train"):
+            pass
+        run.end("FINISHED")
+        assert comparison_url(tmp_path) is None
+    warnings = [record.getMessage() for record in caplog.records if record.name == "tasks.tracking"]
+    assert len(warnings) == 1
+    assert "tracking at http://127.0.0.1:9 fails, and the build goes on without it" in warnings[0]
+
+
+def test_a_tracker_that_dies_on_the_way_is_left_out_from_there_on(
+    store: Path, run: TrackedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(tracking, "_failed_uris", set())
+    monkeypatch.setattr(MlflowClient, "log_batch", fail)
+    run.log_params({"a": 1})
+    run.log_metrics({"b": 2.0})
+    assert caplog.text.count("gone") == 1
+    # The next run tries again.
+    monkeypatch.undo()
+    again = start_run(tracking.ENTRIES, "demo", store=store, tags={})
+    again.log_metrics({"b": 2.0})
+    assert read(again).data.metrics == {"b": 2.0}

@@ -1,0 +1,133 @@
+"""What the commands print and how they exit. Ctrl-C on a real build is in the slow test at the end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from specforge_core import cli
+from specforge_core.artifacts import GateFailure, Rejected, Store
+from specforge_core.ledger import record_outcome
+from tests import made_build
+from tests.builds import recipe_of
+from tests.factory import make_factory, tiny_entry
+from tests.test_plan import build_all
+
+
+@pytest.fixture
+def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a manifest, entered, and no GPU."""
+    make_factory(tmp_path, tiny_entry(), tiny_entry("big") | {"resources": {"num_gpus": 2}})
+    monkeypatch.chdir(tmp_path)
+    # A command sets what its environment lacks; here that must not outlive the test.
+    monkeypatch.setattr(os, "environ", os.environ.copy() | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"})
+    return tmp_path
+
+
+def test_plan_says_for_each_entry_what_a_build_would_do(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan"]) == 0
+    printed = capsys.readouterr().out
+    assert "tiny: eagle3 draft for target\n" in printed
+    assert "big: eagle3 draft for target (big needs 2 GPUs, this host has 0)" in printed
+    assert printed.count("never built") == 2
+    assert not (factory / ".specbundle" / "entries").exists()
+
+
+def test_plan_goes_on_after_an_entry_that_cannot_be_pinned(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_factory(factory, tiny_entry("lost") | {"target": {"model": "./gone"}}, tiny_entry())
+    assert cli.main(["plan"]) == 2
+    printed = capsys.readouterr().out
+    assert "no model folder" in printed
+    assert "never built" in printed
+
+
+def test_list_shows_target_gpus_and_last_result(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(factory / ".specbundle")
+    build_all(store, recipe_of(made_build.entry(name="tiny")), factory / "made")
+    assert cli.main(["list"]) == 0
+    rows = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
+    assert "being built again; before: acceptance length 3.00, speedup 2.00x" in rows["tiny"]
+    assert "CPU" in rows["tiny"]
+    assert "never built" in rows["big"]
+
+
+def test_show_lists_artifacts_and_the_gates_that_failed(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(factory / ".specbundle")
+    artifacts = build_all(store, recipe_of(made_build.entry(name="tiny")), factory / "made")
+    failure = GateFailure(gate="min_speedup", suite="math", measured=1.1, required=1.5, message="too slow")
+    record_outcome(store.root, "tiny", Rejected(failures=(failure,)))
+    assert cli.main(["show", "tiny"]) == 0
+    printed = capsys.readouterr().out
+    assert all(artifact.key in printed for artifact in artifacts.values())
+    assert "tiny: rejected" in printed
+    assert "gate min_speedup: too slow" in printed
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["build", "--only", "tinny"], "the manifest has no entry 'tinny'; did you mean tiny?"),
+        (["plan", "--only", "tinny"], "the manifest has no entry 'tinny'; did you mean tiny?"),
+        (["show", "tinny"], "the manifest has no entry 'tinny'; did you mean tiny?"),
+        (["show", "conversation", "--entry", "tiny"], "tiny has no conversations yet; `specbundle build --only tiny`"),
+        (["report", "tiny"], "no report of tiny in"),
+        (["report"], "no report of any entry in"),
+        (["--manifest", "gone.yaml", "list"], "gone.yaml"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_message_and_status_2(
+    factory: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_a_host_that_can_build_nothing_says_what_is_missing(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_factory(factory, tiny_entry("big") | {"resources": {"num_gpus": 2}})
+    assert cli.main(["build"]) == 2
+    assert "none of the manifest's 1 entries can be built here: big needs 2 GPUs" in capsys.readouterr().err
+
+
+def test_reading_commands_load_neither_prefect_nor_mlflow_nor_torch(factory: Path) -> None:
+    code = (
+        "import json, sys; from specforge_core import cli; status = cli.main(['list']);"
+        "json.dump([status, sorted({'prefect', 'mlflow', 'torch', 'transformers'} & set(sys.modules))], sys.stderr)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(ran.stderr) == [0, []]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ctrl_c_ends_a_build_without_leftovers_and_the_next_goes_on(tmp_path: Path) -> None:
+    endless = tiny_entry()
+    endless["training"] |= {"num_epochs": 1_000_000, "checkpoints_per_run": 1000}
+    manifest = make_factory(tmp_path, endless)
+    env = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "2"}
+    env.pop("PREFECT_API_URL", None)
+    command = [sys.executable, "-m", "specforge_core.cli", "--manifest", str(manifest), "build"]
+    log = tmp_path / "build.log"
+    with log.open("w") as output:
+        # A session of its own, so that the signal reaches it and its server as a terminal's Ctrl-C would.
+        started = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    train = tmp_path / ".specbundle" / "train"
+    deadline = time.monotonic() + 300
+    while not list(train.glob(".building-*/metrics.jsonl")):
+        assert started.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+    family = psutil.Process(started.pid).children(recursive=True)
+    os.killpg(started.pid, signal.SIGINT)
+    assert started.wait(60) == 130, log.read_text()
+    assert psutil.wait_procs(family, timeout=30)[1] == []
+    assert "interrupted; the same command goes on from what is done" in log.read_text()
+    planned = subprocess.run([*command[:-1], "plan"], env=env, capture_output=True, text=True, check=True)
+    assert "an interrupted build goes on from where it was" in planned.stdout
