@@ -9,6 +9,7 @@ from specforge_core.artifacts import Published, Record, Rejected, Store
 from specforge_core.benchmark.headline import headline
 from specforge_core.benchmark.report import markdown_table
 from specforge_core.ledger import Outcome, last_artifact
+from tasks.progress import artifact_key
 from tasks.tracking import server_command
 
 MAX_ERROR_CHARS = 300
@@ -118,4 +119,4 @@ def show_summary(summary: BuildSummary) -> None:
     for row in summary.rows:
         if row.status == "published":
             path = row.detail.removesuffix(" (unchanged)")
-            create_link_artifact(key=f"draft-{row.entry.replace('.', '-')}", link=Path(path).as_uri(), link_text=path)
+            create_link_artifact(key=artifact_key(f"draft-{row.entry}"), link=Path(path).as_uri(), link_text=path)

@@ -8,6 +8,7 @@ from prefect.cache_policies import NO_CACHE
 
 from specforge_core.artifacts import BuildArtifacts, GateFailure
 from specforge_core.benchmark.report import EntryReport, make_report, report_markdown, write_report
+from tasks.progress import artifact_key
 from tasks.stage import EntryBuild
 
 
@@ -26,8 +27,3 @@ def report(build: EntryBuild, artifacts: BuildArtifacts, failures: Sequence[Gate
     for file in (path, path.with_suffix(".json")):
         build.tracking.log_file(file)
     return made
-
-
-def artifact_key(name: str) -> str:
-    """A name as Prefect allows it for artifacts: lower-case letters, digits and dashes."""
-    return name.replace(".", "-")

@@ -23,6 +23,7 @@ from specforge_core.manifest import Config
 from specforge_core.plan import Recipe
 from specforge_core.process import ProcessError, SupervisedProcess, ending
 from specforge_core.stages import USER_ERROR_STATUS, StageSpec
+from tasks.progress import progress_reader
 from tasks.tracking import TrackedRun
 
 FactsT = TypeVar("FactsT", bound=Record)
@@ -86,7 +87,13 @@ def run_stage(spec: StageSpec, build: EntryBuild) -> StageResult[Any]:
 
 
 def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store) -> Artifact[Any]:
-    logger = run_logger()
+    logger, read_progress = run_logger(), progress_reader(f"{build.recipe.entry.name}-{spec.stage}")
+
+    def on_line(line: str) -> None:
+        if line.strip():
+            logger.info(line)
+            read_progress(line)
+
     with store.building(spec.stage, key) as (directory, lock_fd):
         # Another build may have made it while this one waited.
         if found := store.find(spec.stage, key, spec.facts_type):
@@ -102,7 +109,7 @@ def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store) -> Artifa
                 stage_command(spec, spec_path, directory),
                 log=log,
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(lease.devices) if spec.device == "cuda" else ""},
-                on_line=lambda line: logger.info(line) if line.strip() else None,
+                on_line=on_line,
                 hold_fds=(lock_fd, *lease.fds),
             ) as process,
         ):

@@ -1,6 +1,7 @@
 """The real thing: `specbundle up` with its server and worker, deployment runs on a tiny real target, cancelled ones."""
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -102,13 +103,19 @@ def test_a_cancelled_run_leaves_no_stage_behind(tmp_path: Path, services: Servic
     assert found, started.stdout
 
     def stages() -> list[psutil.Process]:
-        children = services.process.children(recursive=True)
-        return [child for child in children if child.is_running() and str(tmp_path) in " ".join(child.cmdline())]
+        return [child for child in services.process.children(recursive=True) if str(tmp_path) in command_of(child)]
 
-    wait_until(lambda: any("train" in stage.cmdline() for stage in stages()), 240)
+    wait_until(lambda: any(" train " in command_of(stage) for stage in stages()), 240)
     state = asyncio.run(cancel(services.env["PREFECT_API_URL"], UUID(found[1])))
     assert state == "CANCELLED"
     assert stages() == []
+
+
+def command_of(process: psutil.Process) -> str:
+    """Its command line; empty for one that has ended meanwhile."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
 
 
 async def cancel(api_url: str, run_id: UUID) -> str:

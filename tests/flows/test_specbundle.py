@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,13 @@ def test_a_reused_stage_shows_as_cached_and_gives_its_artifact(tmp_path: Path) -
     second = echo_task()(build, EchoSpec(text="hello"))
     assert first == second
     assert first.path.is_dir()
-    assert task_states("echoing echo") == ["Completed", "Cached"]
+    # The server hears of task runs by events, a moment later.
+    deadline = time.monotonic() + 20
+    while task_states("echoing echo") != ["Completed", "Cached"]:
+        assert time.monotonic() < deadline, task_states("echoing echo")
+        time.sleep(0.1)
+    # The last bar that it printed.
+    assert latest_artifact("echoing-echo") == 50.0
 
 
 @pytest.mark.usefixtures("_echo_stage")

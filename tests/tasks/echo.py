@@ -49,6 +49,7 @@ def main() -> int:
     progress = args.out / PROGRESS_DIRECTORY
     is_first_try = not progress.exists()
     progress.mkdir(exist_ok=True)
+    say("echoing:  50%|#####     | 1/2 [00:00<00:00, 9.73 step/s]")
     say(f"hearing {spec.text}")
     with (args.out / METRICS_NAME).open("a") as metrics:
         for step in (1, 2):
