@@ -84,7 +84,6 @@ def generate_replies(
     max_new_tokens: int,
 ) -> list[Reply]:
     """Greedy answers to the last user turn of each conversation."""
-    tokenizer.padding_side = "left"
     replies = []
     for first in range(0, len(conversations), GENERATION_BATCH):
         prompts = [
@@ -92,7 +91,12 @@ def generate_replies(
             for c in conversations[first : first + GENERATION_BATCH]
         ]
         inputs = tokenizer(
-            prompts, return_tensors="pt", padding=True, add_special_tokens=False, return_token_type_ids=False
+            prompts,
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+            return_token_type_ids=False,
         )
         out_BT = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False)
         for ids in out_BT[:, inputs["input_ids"].shape[1] :].tolist():

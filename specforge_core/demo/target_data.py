@@ -124,8 +124,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, conversations: list[Conversatio
     """The conversations as one flat array."""
     # The final newline is left off: after the end of the last turn nothing is to be predicted.
     texts = [rendered(conversation)[:-1] for conversation in conversations]
-    encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    rows = [np.array(each.ids, dtype=np.uint16) for each in encoded]
+    # A call with padding leaves it switched on in a shared tokenizer, so that it must be switched off by name.
+    encoded = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)["input_ids"]
+    rows = [np.array(ids, dtype=np.uint16) for ids in encoded]
     start, end = tokenizer.convert_tokens_to_ids([START, END])
     (assistant,) = tokenizer.encode("assistant", add_special_tokens=False)
     masks = [assistant_mask(row, start, end, assistant) for row in rows]

@@ -1,15 +1,14 @@
 """Train the small target model of the embedded default from nothing: tokenizer, corpus, weights, evaluation, card.
 
-    python -m specforge_core.demo.train_target --out target --minutes 8 --conversations 2000000 --device cuda
+    python -m specforge_core.demo.train_target --out target --data corpus --minutes 8 --conversations 2000000
 
-Tensor names: B rows, T tokens of a row, D model width, V vocabulary, M matrices of one shape.
+Tensor names: B rows, T tokens of a row, D model width, V vocabulary.
 """
 
 import argparse
 import json
 import logging
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -167,55 +166,14 @@ def batch_loss_sum(model: LlamaForCausalLM, batch: Batch, compute: Compute) -> T
     return compute.loss_sum(hidden_BTD, model.lm_head.weight, batch.target_BT, batch.weight_BT)
 
 
-def orthogonalized(update_MXY: Tensor) -> Tensor:
-    """Each matrix of a stack moved towards the nearest semi-orthogonal one by five Newton-Schulz steps.
-
-    Source: Muon, https://kellerjordan.github.io/posts/muon/, with its quintic coefficients.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = update_MXY.shape[1] > update_MXY.shape[2]
-    x_MXY = (update_MXY.mT if tall else update_MXY).bfloat16()
-    x_MXY = x_MXY / (x_MXY.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        gram_MXX = x_MXY @ x_MXY.mT
-        x_MXY = a * x_MXY + (b * gram_MXX + c * gram_MXX @ gram_MXX) @ x_MXY
-    return x_MXY.mT if tall else x_MXY
-
-
-class StackedMuon(torch.optim.Optimizer):
-    """Muon over stacks of equal shapes.
-
-    `torch.optim.Muon` walks the 112 matrices of this model one by one; at this width launching its kernels takes
-    longer than the model's own forward and backward pass. A stack of a shape makes it five calls.
-    """
-
-    def __init__(self, matrices: list[nn.Parameter], *, lr: float):
-        shapes = sorted({tuple(p.shape) for p in matrices})
-        groups = [{"params": [p for p in matrices if tuple(p.shape) == shape]} for shape in shapes]
-        super().__init__(groups, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            parameters = group["params"]
-            state = self.state[parameters[0]]
-            gradient_MXY = torch.stack([p.grad for p in parameters])
-            momentum_MXY = state.setdefault("momentum_MXY", torch.zeros_like(gradient_MXY))
-            momentum_MXY.lerp_(gradient_MXY, 1 - MUON_MOMENTUM)
-            update_MXY = orthogonalized(gradient_MXY.lerp(momentum_MXY, MUON_MOMENTUM)).float()
-            rows, columns = gradient_MXY.shape[1:]
-            scale = group["lr"] * math.sqrt(max(1.0, rows / columns))
-            torch._foreach_mul_(parameters, 1 - group["lr"] * MUON_WEIGHT_DECAY)
-            torch._foreach_add_(parameters, list(update_MXY.unbind()), alpha=-scale)
-
-
 def optimizers(model: LlamaForCausalLM, device: torch.device) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for the embedding and the norms."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     adam = torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda")
-    return [StackedMuon(matrices, lr=MUON_LR), adam]
+    muon = torch.optim.Muon(matrices, lr=MUON_LR, momentum=MUON_MOMENTUM, weight_decay=MUON_WEIGHT_DECAY)
+    return [muon, adam]
 
 
 def lr_factor(progress: float) -> float:
@@ -300,6 +258,15 @@ def warm_up(model: LlamaForCausalLM, stream: Iterator[Batch], compute: Compute, 
     model.zero_grad(set_to_none=True)
 
 
+def repeatable_command(args: argparse.Namespace, plan: Plan) -> str:
+    """The command that repeats this run. Folders get generic names: a card is public, a machine's paths are not."""
+    return (
+        "python -m specforge_core.demo.train_target --out target --data corpus"
+        f" --minutes {plan.minutes:g} --conversations {plan.num_conversations} --device {args.device}"
+        f" --seed {args.seed}{' --smoke' if args.smoke else ''}"
+    )
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the demo target from nothing.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
@@ -334,7 +301,7 @@ def main() -> None:
         args.out, device=args.device, num_prompts=plan.num_eval_prompts, max_new_tokens=plan.max_new_tokens
     )
     run = {
-        "command": shlex.join(["python", "-m", "specforge_core.demo.train_target", *sys.argv[1:]]),
+        "command": repeatable_command(args, plan),
         "hardware": torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU",
         "torch": torch.__version__,
         "num_conversations": len(corpus.starts_R1) - 1,

@@ -127,7 +127,7 @@ def _sharing(rng: Random, numbers: Numbers) -> Story:
         Step(f"share them among the {people} {group}", divide(total, people)),
     )
     conclusion = rng.choice(
-        (f"each share is {total // people}", f"the {group} get {goods} in equal parts of {total // people}")
+        (f"each share is {total // people}", f"each of the {people} {group} gets {total // people}")
     )
     return Story(question, steps, conclusion, total // people, f"{name} gave {first} {goods}")
 

@@ -53,7 +53,7 @@ def _ask(rng: Random, given: str, wanted: str) -> str:
     return rng.choice(
         (
             f"Convert {given} to {wanted}.",
-            f"How many {wanted} are {given}?",
+            f"How many {wanted} are in {given}?",
             f"What is {given} in {wanted}?",
             f"Please express {given} in {wanted}.",
             f"{rng.choice(NAMES)} measured {given} in the {rng.choice(PLACES)}. Give that in {wanted}.",
@@ -73,8 +73,14 @@ def _down(rng: Random, unit: int, count: int) -> Worked:
     rule = rng.choice((f"One {one} is {factor} {small}", f"There are {factor} {small} in one {one}"))
     return Worked(
         _ask(rng, f"{count} {many}", small), f"{rule}, so multiply by {factor}", (times(count, factor),),
-        rng.choice((f"{count} {many} are {total} {small}", f"the result in {small} is {total}")), str(total),
+        rng.choice((f"{count} {many} make {total} {small}", f"the result in {small} is {total}")), str(total),
     )  # fmt: skip
+
+
+def digit_values(number: int) -> list[int]:
+    """What the digits of a number stand for, zeros left out: 306 is 300 and 6."""
+    digits = str(number)
+    return [int(digit) * 10 ** (len(digits) - 1 - i) for i, digit in enumerate(digits) if digit != "0"]
 
 
 def _up_facts(rng: Random) -> tuple[int, ...]:
@@ -86,12 +92,18 @@ def _up_facts(rng: Random) -> tuple[int, ...]:
 def _up(rng: Random, unit: int, total: int) -> Worked:
     one, many, small, factor, _ = UNITS[unit]
     whole, rest = divmod(total, factor)
-    rule = rng.choice((f"{factor} {small} make one {one}", f"Every {factor} {small} are one {one}"))
-    left = (minus(total, whole * factor),) if rest else ()
+    rule = rng.choice((f"{factor} {small} make one {one}", f"It takes {factor} {small} for one {one}"))
+    sums, left = [], total
+    parts = [whole] if factor in (10, 100, 1000) else digit_values(whole)
+    for part in parts:
+        sums += [times(part, factor), minus(left, part * factor)]
+        left -= part * factor
+    if len(parts) > 1:
+        sums.append(f"{' + '.join(map(str, parts))} = {whole}")
     result = f"{whole} {many} and {rest} {small}" if rest else f"{whole} {many}"
     return Worked(
-        _ask(rng, f"{total} {small}", many), f"{rule}, so see how often {factor} goes into {total}",
-        (times(whole, factor), *left), rng.choice((f"{total} {small} are {result}", f"the result is {result}")), result,
+        _ask(rng, f"{total} {small}", many), f"{rule}, so see how often {factor} goes into {total}", tuple(sums),
+        rng.choice((f"{total} {small} make {result}", f"the result is {result}")), result,
     )  # fmt: skip
 
 
@@ -108,7 +120,7 @@ def _mixed(rng: Random, unit: int, count: int, extra: int) -> Worked:
     return Worked(
         _ask(rng, f"{head} and {extra} {small}", small), f"One {one} is {factor} {small}",
         (times(count, factor), plus(count * factor, extra)),
-        rng.choice((f"{head} and {extra} {small} are {total} {small}", f"the total in {small} is {total}")), str(total),
+        rng.choice((f"{head} and {extra} {small} make {total} {small}", f"the total in {small} is {total}")), str(total),
     )  # fmt: skip
 
 
@@ -225,20 +237,13 @@ def _date_facts(rng: Random) -> tuple[int, ...]:
 
 
 def _date(rng: Random, month: int, day: int, days: int) -> Worked:
-    sums, here, at, left = [], month, day, days
-    while at + left > MONTH_LENGTHS[here]:
-        in_month = MONTH_LENGTHS[here] - at
-        following = MONTHS[(here + 1) % 12]
-        sums += [
-            f"{MONTHS[here]} has {MONTH_LENGTHS[here]} days, and {minus(MONTH_LENGTHS[here], at)}"
-            if at
-            else f"{MONTHS[here]} has {MONTH_LENGTHS[here]} days",
-            f"{minus(left, in_month)} for {following}",
-        ]
-        here, at, left = (here + 1) % 12, 0, left - in_month
-    if at:
-        sums.append(plus(at, left))
-    end = f"{MONTHS[here]} {at + left}"
+    sums, here, at = [plus(day, days)], month, day + days
+    while at > MONTH_LENGTHS[here]:
+        rest = minus(at, MONTH_LENGTHS[here])
+        sums.append(f"{MONTHS[here]} has {MONTH_LENGTHS[here]} days, and {rest} for {MONTHS[(here + 1) % 12]}")
+        here, at = (here + 1) % 12, at - MONTH_LENGTHS[here]
+    sums.append(f"{MONTHS[here]} has {MONTH_LENGTHS[here]} days, enough for {at}")
+    end = f"{MONTHS[here]} {at}"
     thing = rng.choice(("parcel", "ticket", "permit", "book", "coupon", "visa", "bill", "loan"))
     question = rng.choice(
         (
@@ -248,7 +253,9 @@ def _date(rng: Random, month: int, day: int, days: int) -> Worked:
             f"later. On which date?",
         )
     )
-    return Worked(question, "Count to the end of the month first if needed", tuple(sums), f"the date is {end}", end)
+    return Worked(
+        question, "Add the days and take off every month that is full", tuple(sums), f"the date is {end}", end
+    )
 
 
 def _iso_facts(rng: Random) -> tuple[int | str, ...]:

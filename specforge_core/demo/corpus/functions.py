@@ -1,5 +1,6 @@
 """Small Python functions with an explanation and a worked call."""
 
+import json
 from collections.abc import Callable
 from itertools import accumulate
 from random import Random
@@ -185,11 +186,8 @@ def _text(rng: Random, accepts: Accepts) -> Problem:
     drawn = draw(facts, key, accepts)
     index, text, letter = drawn
     words, code, apply = TEXT_TASKS[index]
-    words, code, result = (
-        words.format(letter=letter),
-        code.format(letter=letter),
-        repr(apply(text, letter)).replace("'", '"'),
-    )
+    words, code, value = words.format(letter=letter), code.format(letter=letter), apply(text, letter)
+    result = json.dumps(value) if isinstance(value, str) else str(value)
     name = rng.choice(("change", "check", "text_tool", "solve", "handle_text", "inspect_text", "convert"))
     note = rng.choice(
         ("    # one expression is enough\n", "", f'    """Return {words}."""\n' if '"' not in words else "")
@@ -201,6 +199,10 @@ def _text(rng: Random, accepts: Accepts) -> Problem:
         )
     )
     spelled = f'The letters of "{text}" are {", ".join(text)}.'
+    if isinstance(value, str):
+        spelled += f" Those of the result are {', '.join(value)}."
+    elif isinstance(value, bool):
+        spelled += f" It starts with {text[0]} and ends with {text[-1]}."
     answer = block(f"def {name}(text):\n{note}    return {code}")
     return Problem(key(drawn), question, f'{answer}\n\n{spelled} So {name}("{text}") returns {result}.', result)
 
@@ -226,7 +228,8 @@ def _dictionary(rng: Random, accepts: Accepts) -> Problem:
         kept = [item for item, price in stock.items() if (price < limit if want == "cheap" else price > limit)]
         task, result = f"the names of all entries {words} {limit}", "[" + ", ".join(f'"{item}"' for item in kept) + "]"
         code = f"[name for name, value in {parameter}.items() if value {sign} {limit}]"
-        work = f"The entries {words} {limit} are {listed(kept)}" if kept else f"No entry is {words} {limit}"
+        verdicts = [f"{price} {'keeps' if item in kept else 'rules out'} {item}" for item, price in stock.items()]
+        work = f"Against {limit}, {listed(verdicts)}. What is kept is {listed(kept) if kept else 'nothing'}"
     elif want == "best":
         best = max(stock, key=lambda item: stock[item])
         task, code, result = "the name with the highest value", f"max({parameter}, key={parameter}.get)", f'"{best}"'

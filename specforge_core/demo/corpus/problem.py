@@ -20,7 +20,7 @@ class Problem(NamedTuple):
     """One question with its worked answer.
 
     key: the facts that make the problem up, without their wording; decides the split
-    final_answer: a number, or a phrase of the answer's last line; None when nothing short can be checked
+    final_answer: a number, or the phrase that ends the answer; None when nothing short can be checked
     """
 
     key: str
@@ -48,13 +48,13 @@ def draw(sample: Callable[[], FactsT], key: Callable[[FactsT], str], accepts: Ac
 def answers_match(answer: str, final_answer: str) -> bool:
     """Whether a generated answer states `final_answer` where the corpus puts it.
 
-    A number must be the last number of the answer; a phrase must stand whole in its last line.
+    A number must be the last number of the answer; a phrase must end its last line, a full stop aside.
     """
     if re.fullmatch(r"-?\d+(\.\d+)?", final_answer):
         numbers = re.findall(r"-?\d+(?:\.\d+)?", answer)
         return bool(numbers) and numbers[-1] == final_answer
-    last_line = answer.strip().rsplit("\n", 1)[-1]
-    return re.search(rf"(?<!\w){re.escape(final_answer)}(?!\w)", last_line) is not None
+    last_line = answer.strip().rsplit("\n", 1)[-1].removesuffix(".")
+    return re.search(rf"(?<!\w){re.escape(final_answer.removesuffix('.'))}$", last_line) is not None
 
 
 def capitalized(text: str) -> str:

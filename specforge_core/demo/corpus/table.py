@@ -103,8 +103,10 @@ def shown(rng: Random, table: Table) -> str:
     )
 
 
-def _pairs(table: Table, column: int) -> str:
-    return listed([f"{row[0]} with {row[column]}" for row in table.rows])
+def _read_out(table: Table, column: int) -> str:
+    """A column cell by cell. Looking a name up in one's own sentence is easier than in a table of any layout."""
+    cells = [f"{row[0]} with {row[column]}" for row in table.rows]
+    return f"the {table.headers[column]} column shows {listed(cells)}"
 
 
 def _look_up(rng: Random, table: Table) -> Reply:
@@ -112,10 +114,7 @@ def _look_up(rng: Random, table: Table) -> Reply:
     header = table.headers[column]
     question = rng.choice((f"What is the {header} of {row[0]}?", f"Find the {header} for {row[0]}.",
                            f"Which {header} belongs to {row[0]}?"))  # fmt: skip
-    cells = ", ".join(f"{h} {cell}" for h, cell in zip(table.headers[1:], row[1:], strict=True))
-    return Reply(
-        question, (f"the row of {row[0]} has {cells}",), f"the {header} of {row[0]} is {row[column]}", row[column]
-    )
+    return Reply(question, (_read_out(table, column),), f"it is {row[0]} with {row[column]}", row[column])
 
 
 def _extreme(rng: Random, table: Table) -> Reply:
@@ -125,7 +124,7 @@ def _extreme(rng: Random, table: Table) -> Reply:
     word = rng.choice(("highest", "largest")) if pick is max else rng.choice(("lowest", "smallest"))
     question = rng.choice((f"Which {table.row} has the {word} {header}?", f"Find the {table.row} with the {word} {header}.",
                            f"Where is the {header} {word}?"))  # fmt: skip
-    work = (f"the {header} column shows {_pairs(table, column)}", f"the {word} of these is {value}")
+    work = (_read_out(table, column), f"the {word} of these is {value}")
     return Reply(question, work, f"the {word} {header} belongs to {name}", name)
 
 
@@ -150,7 +149,11 @@ def _difference(rng: Random, table: Table) -> Reply:
     a, b = sorted((int(one[column]), int(other[column])), reverse=True)
     question = rng.choice((f"How far apart are {one[0]} and {other[0]} in {header}?",
                            f"What is the difference in {header} between {one[0]} and {other[0]}?"))  # fmt: skip
-    work = (f"the {header} is {one[column]} for {one[0]} and {other[column]} for {other[0]}", minus(a, b))
+    work = (
+        _read_out(table, column),
+        f"the two are {one[0]} with {one[column]} and {other[0]} with {other[column]}",
+        minus(a, b),
+    )
     return Reply(question, work, f"the difference in {header} is {a - b}", str(a - b))
 
 
@@ -175,13 +178,10 @@ def _group(rng: Random, table: Table) -> Reply:
     question = rng.choice(
         (f"Which rows have {value} as {header}?", f"List every {table.row} whose {header} is {value}.")
     )
-    checks = (f"the {header} column reads {listed([f'{row[1]} for {row[0]}' for row in table.rows])}",)
-    return Reply(
-        question,
-        checks,
-        f"the match is {names[0]}" if len(names) == 1 else f"the matches are {listed(names)}",
-        listed(names),
-    )
+    # Each name follows its verdict at once, so that the list at the end only collects what was kept.
+    checks = [f"{row[1]} {'keeps' if row[1] == value else 'rules out'} {row[0]}" for row in table.rows]
+    conclusion = f"the match is {names[0]}" if len(names) == 1 else f"the matches are {listed(names)}"
+    return Reply(question, (f"by {header}, {listed(checks)}",), conclusion, listed(names))
 
 
 def _order(rng: Random, table: Table) -> Reply:
