@@ -154,12 +154,13 @@ def write_card(folder: Path, run: dict[str, str | int | float], evaluation: Eval
     }
     (folder / "training_result.json").write_text(json.dumps(result, indent=2) + "\n")
     rows = "\n".join(
-        f"| {family} | {s.loss_nats_per_token:.3f} | {s.num_exact} of {s.num_checked} | {s.num_ended} of {s.num_generated} "
-        f"| {s.mean_answer_tokens:.0f} |"
+        f"| {family} | {s.loss_nats_per_token:.3f} | {s.num_exact} of {s.num_checked} "
+        f"| {s.num_ended} of {s.num_generated} | {s.mean_answer_tokens:.0f} |"
         for family, s in evaluation.scores.items()
     )
     samples = "\n\n".join(
-        f"**{s.family}**, {'right' if s.correct else 'wrong'}\n\n````text\n{s.question}\n````\n\n````text\n{s.reply}\n````"
+        f"**{s.family}**, {'right' if s.correct else 'wrong'}\n\n"
+        f"````text\n{s.question}\n````\n\n````text\n{s.reply}\n````"
         for s in evaluation.samples
     )
     (folder / "README.md").write_text(CARD.format(rows=rows, samples=samples, **result))
@@ -174,9 +175,10 @@ pipeline_tag: text-generation
 
 # The demo target
 
-A Llama-architecture chat model of 7.5 M parameters (16 layers, width 192, 4 query and 2 key/value heads of 64, vocabulary 2,048,
-tied embeddings, bfloat16), trained from nothing on procedurally generated conversations. It is the target that the embedded
-default of this factory makes draft models for: small enough to ship, deep enough for a one-layer draft to pay.
+A Llama-architecture chat model of 7.5 M parameters (16 layers, width 192, 4 query and 2 key/value heads of 64,
+vocabulary 2,048, tied embeddings, bfloat16), trained from nothing on procedurally generated conversations. It is the
+target that the embedded default of this factory makes draft models for: small enough to ship, deep enough for a
+one-layer draft to pay.
 
 ## How it was made
 
@@ -191,8 +193,8 @@ default of this factory makes draft models for: small enough to ship, deep enoug
 
 ## Held-out problems
 
-No problem below has its facts in the training split: the sha256 of a problem's facts decides the split. Greedy decoding, at most
-{max_new_tokens} tokens. "Exact" means that the final answer is right.
+No problem below has its facts in the training split: the sha256 of a problem's facts decides the split. Greedy
+decoding, at most {max_new_tokens} tokens. "Exact" means that the final answer is right.
 
 | family | loss, nats per token | exact | ended by itself | mean answer tokens |
 |---|---|---|---|---|
@@ -200,8 +202,9 @@ No problem below has its facts in the training split: the sha256 of a problem's 
 
 ## Limits
 
-It knows the six task families of the corpus, their words and their sizes of numbers, and nothing else: no world knowledge, no
-other languages, no open conversation. Outside the corpus it writes fluent nonsense. It is a test object, not an assistant.
+It knows the six task families of the corpus, their words and their sizes of numbers, and nothing else: no world
+knowledge, no other languages, no open conversation. Outside the corpus it writes fluent nonsense. It is a test object,
+not an assistant.
 
 ## Samples
 

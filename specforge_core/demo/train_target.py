@@ -232,7 +232,8 @@ def train(model: LlamaForCausalLM, corpus: TokenizedCorpus, plan: Plan, *, seed:
             elapsed = time.monotonic() - started
             logger.info(
                 "step %d  loss %.4f  lr x%.2f  %.0f k tokens/s  %.0f M tokens  %.0f s left",
-                steps, loss_value, lr_factor(elapsed / budget_s), tokens_seen / elapsed / 1e3, tokens_seen / 1e6, budget_s - elapsed,
+                steps, loss_value, lr_factor(elapsed / budget_s),
+                tokens_seen / elapsed / 1e3, tokens_seen / 1e6, budget_s - elapsed,
             )  # fmt: skip
         if time.monotonic() - last_saved > CHECKPOINT_EVERY_S:
             save_model(model, out)

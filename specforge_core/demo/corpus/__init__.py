@@ -1,7 +1,7 @@
 """Procedural conversations with computed answers: the training data and the prompts of the embedded default.
 
-Every problem has a key, the facts that make it up; the key's hash puts it into "train" or "heldout", so that no held-out
-problem can be met in training, in whatever words it is asked.
+Every problem has a key, the facts that make it up; the key's hash puts it into "train" or "heldout", so that no
+held-out problem can be met in training, in whatever words it is asked.
 """
 
 from specforge_core.demo.corpus.problem import Split, answers_match, split_of

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from random import Random
 from typing import NamedTuple
 
-from specforge_core.demo.corpus.problem import Accepts, Problem, draw
+from specforge_core.demo.corpus.problem import Accepts, Problem, draw, pick
 from specforge_core.demo.corpus.steps import Step, divide, minus, plus, times, written_out
 from specforge_core.demo.corpus.words import (
     COUNTED_SPOTS,
@@ -31,7 +31,7 @@ class Story(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """A kind of problem. `numbers` draws figures that work out evenly; `tell` puts them into words, equal for equal rng."""
+    """A kind of problem. `numbers` draws figures that work out evenly; `tell` words them, equal for equal rng."""
 
     numbers: Callable[[Random], Numbers]
     tell: Callable[[Random, Numbers], Story]
@@ -47,17 +47,16 @@ def _packed(rng: Random, numbers: Numbers) -> Story:
     name, place = rng.choice(NAMES), rng.choice(PLACES)
     goods, one, many = rng.choice(PACKED_GOODS)
     lost = rng.choice(("sells", "gives away", "uses", "throws away", "sends back", "sets aside"))
-    question = rng.choice(
-        (
-            f"{name} has {count} {many} with {each} {goods} in each {one}. {name} {lost} {gone} {goods}. "
-            f"How many {goods} are left?",
-            f"A {place} receives {count} {many} of {goods}, and every {one} holds {each}. The {place} {lost} {gone} of "
-            f"them. How many {goods} does it still have?",
-            f"There are {each} {goods} in a {one}. {name} takes {count} {many} and {lost} {gone} {goods}. How many "
-            f"{goods} remain?",
-            f"{name} counts {count} {many} in the {place}, each with {each} {goods}. Later {name} {lost} {gone}. Find "
-            f"the number of {goods} that remain.",
-        )
+    question = pick(
+        rng,
+        f"{name} has {count} {many} with {each} {goods} in each {one}. {name} {lost} {gone} {goods}. "
+        f"How many {goods} are left?",
+        f"A {place} receives {count} {many} of {goods}, and every {one} holds {each}. The {place} {lost} {gone} of "
+        f"them. How many {goods} does it still have?",
+        f"There are {each} {goods} in a {one}. {name} takes {count} {many} and {lost} {gone} {goods}. How many "
+        f"{goods} remain?",
+        f"{name} counts {count} {many} in the {place}, each with {each} {goods}. Later {name} {lost} {gone}. Find "
+        f"the number of {goods} that remain.",
     )
     total = count * each
     steps = (
@@ -79,15 +78,14 @@ def _shopping(rng: Random, numbers: Numbers) -> Story:
     first, price, second, other, paid = numbers
     name, place = rng.choice(NAMES), rng.choice(PLACES)
     (one, many), (one_more, many_more) = rng.sample(SHOP_GOODS, 2)
-    question = rng.choice(
-        (
-            f"{name} buys {first} {many} at ${price} each and {second} {many_more} at ${other} each, and pays with "
-            f"${paid}. How much change does {name} get?",
-            f"At the {place} a {one} costs ${price} and a {one_more} costs ${other}. {name} takes {first} {many} and "
-            f"{second} {many_more} and has ${paid}. How much money is left?",
-            f"{name} has ${paid} and orders {first} {many} for ${price} each, then {second} {many_more} for ${other} "
-            f"each. What is left of the money?",
-        )
+    question = pick(
+        rng,
+        f"{name} buys {first} {many} at ${price} each and {second} {many_more} at ${other} each, and pays with "
+        f"${paid}. How much change does {name} get?",
+        f"At the {place} a {one} costs ${price} and a {one_more} costs ${other}. {name} takes {first} {many} and "
+        f"{second} {many_more} and has ${paid}. How much money is left?",
+        f"{name} has ${paid} and orders {first} {many} for ${price} each, then {second} {many_more} for ${other} "
+        f"each. What is left of the money?",
     )
     a, b = first * price, second * other
     steps = (
@@ -112,15 +110,14 @@ def _sharing(rng: Random, numbers: Numbers) -> Story:
     name, friend = rng.sample(NAMES, 2)
     goods = rng.choice(PACKED_GOODS)[0]
     group = rng.choice(("friends", "children", "neighbours", "classes", "teams", "guests", "pupils"))
-    question = rng.choice(
-        (
-            f"{name} has {first} {goods} and {friend} has {second}. They put them together and share them equally "
-            f"among {people} {group}. How many does each get?",
-            f"{name} collects {first} {goods} in the morning and {second} in the afternoon. {people} {group} split "
-            f"them evenly. How many {goods} go to each?",
-            f"{people} {group} share {goods} in equal parts: {first} from {name} and {second} from {friend}. What is "
-            f"the share of each?",
-        )
+    question = pick(
+        rng,
+        f"{name} has {first} {goods} and {friend} has {second}. They put them together and share them equally "
+        f"among {people} {group}. How many does each get?",
+        f"{name} collects {first} {goods} in the morning and {second} in the afternoon. {people} {group} split "
+        f"them evenly. How many {goods} go to each?",
+        f"{people} {group} share {goods} in equal parts: {first} from {name} and {second} from {friend}. What is "
+        f"the share of each?",
     )
     steps = (
         Step(f"add up the {goods}", plus(first, second)),
@@ -139,13 +136,12 @@ def _travel_numbers(rng: Random) -> Numbers:
 def _travel(rng: Random, numbers: Numbers) -> Story:
     hours, speed, more_hours, more_speed = numbers
     vehicle, name = rng.choice(VEHICLES), rng.choice(NAMES)
-    question = rng.choice(
-        (
-            f"A {vehicle} travels for {hours} hours at {speed} km per hour and then for {more_hours} hours at "
-            f"{more_speed} km per hour. How far does it go in all?",
-            f"{name} takes a {vehicle} for {hours} hours at a speed of {speed} km per hour. After a break it goes on at "
-            f"{more_speed} km per hour for {more_hours} hours. What is the whole distance?",
-        )
+    question = pick(
+        rng,
+        f"A {vehicle} travels for {hours} hours at {speed} km per hour and then for {more_hours} hours at "
+        f"{more_speed} km per hour. How far does it go in all?",
+        f"{name} takes a {vehicle} for {hours} hours at a speed of {speed} km per hour. After a break it goes on "
+        f"at {more_speed} km per hour for {more_hours} hours. What is the whole distance?",
     )
     a, b = hours * speed, more_hours * more_speed
     steps = (
@@ -166,13 +162,12 @@ def _saving(rng: Random, numbers: Numbers) -> Story:
     weeks, weekly, start, price = numbers
     name, thing = rng.choice(NAMES), rng.choice(SHOP_GOODS)[0]
     period = rng.choice(("week", "month", "day"))
-    question = rng.choice(
-        (
-            f"{name} starts with ${start} and saves ${weekly} every {period}. After {weeks} {period}s {name} buys a "
-            f"{thing} for ${price}. How much money does {name} have then?",
-            f"There are ${start} in a savings box. {name} adds ${weekly} a {period} for {weeks} {period}s and then "
-            f"spends ${price} on a {thing}. What is left in the box?",
-        )
+    question = pick(
+        rng,
+        f"{name} starts with ${start} and saves ${weekly} every {period}. After {weeks} {period}s {name} buys a "
+        f"{thing} for ${price}. How much money does {name} have then?",
+        f"There are ${start} in a savings box. {name} adds ${weekly} a {period} for {weeks} {period}s and then "
+        f"spends ${price} on a {thing}. What is left in the box?",
     )
     saved = weeks * weekly
     steps = (
@@ -196,13 +191,12 @@ def _reading(rng: Random, numbers: Numbers) -> Story:
     verb, done = rng.choice(
         (("reads", "read"), ("edits", "edited"), ("translates", "translated"), ("copies", "copied"))
     )
-    question = rng.choice(
-        (
-            f"{name} {verb} {pages} pages of a {book} a day. The {book} has {total} pages. How many pages are left after "
-            f"{days} days?",
-            f"A {book} has {total} pages, and {name} {verb} {pages} of them every day. After {days} days, how many pages "
-            f"remain?",
-        )
+    question = pick(
+        rng,
+        f"{name} {verb} {pages} pages of a {book} a day. The {book} has {total} pages. How many pages are left "
+        f"after {days} days?",
+        f"A {book} has {total} pages, and {name} {verb} {pages} of them every day. After {days} days, how many "
+        f"pages remain?",
     )
     steps = (
         Step(f"find the pages {done} in {days} days", times(days, pages)),
@@ -221,13 +215,12 @@ def _recipe(rng: Random, numbers: Numbers) -> Story:
     guests, servings, per_person = numbers
     name, ingredient, dish = rng.choice(NAMES), rng.choice(INGREDIENTS), rng.choice(DISHES)
     amount = servings * per_person
-    question = rng.choice(
-        (
-            f"A recipe for {dish} needs {amount} grams of {ingredient} for {servings} people. How many grams does {name} "
-            f"need for {guests} people?",
-            f"{name} makes {dish}. For {servings} people it takes {amount} grams of {ingredient}. How much "
-            f"{ingredient} is needed for {guests} people?",
-        )
+    question = pick(
+        rng,
+        f"A recipe for {dish} needs {amount} grams of {ingredient} for {servings} people. How many grams does "
+        f"{name} need for {guests} people?",
+        f"{name} makes {dish}. For {servings} people it takes {amount} grams of {ingredient}. How much "
+        f"{ingredient} is needed for {guests} people?",
     )
     steps = (
         Step(f"find the {ingredient} for one person", divide(amount, servings)),
@@ -249,12 +242,11 @@ def _discount(rng: Random, numbers: Numbers) -> Story:
     thing = rng.choice(
         ("bicycle", "sofa", "camera", "tent", "desk", "carpet", "guitar", "jacket", "phone", "lamp", "oven")
     )
-    question = rng.choice(
-        (
-            f"A {thing} costs ${price}. {name} gets {percent}% off. What does {name} pay?",
-            f"The {place} takes {percent}% off the price of a {thing}. It was ${price} before. What is the new price?",
-            f"{name} wants a {thing} for ${price} and has a coupon for {percent}% off. How much is it with the coupon?",
-        )
+    question = pick(
+        rng,
+        f"A {thing} costs ${price}. {name} gets {percent}% off. What does {name} pay?",
+        f"The {place} takes {percent}% off the price of a {thing}. It was ${price} before. What is the new price?",
+        f"{name} wants a {thing} for ${price} and has a coupon for {percent}% off. How much is it with the coupon?",
     )
     cut = price * percent // 100
     if percent % 10 == 0:
@@ -281,23 +273,15 @@ def _compare(rng: Random, numbers: Numbers) -> Story:
     name, friend = rng.sample(NAMES, 2)
     goods = rng.choice(PACKED_GOODS)[0]
     multiple = "twice" if factor == 2 else f"{factor} times"
-    ask, finish, result = (
-        (
-            f"How many {goods} do they have together?",
-            Step("add both amounts", plus(base, base * factor)),
-            base + base * factor,
-        )
-        if want_total
-        else (
-            f"How many more {goods} does {friend} have than {name}?",
-            Step("find the difference", minus(base * factor, base)),
-            base * factor - base,
-        )
-    )
+    if want_total:
+        result, ask = base + base * factor, f"How many {goods} do they have together?"
+        finish, conclusion = Step("add both amounts", plus(base, base * factor)), f"together it is {result}"
+    else:
+        result, ask = base * factor - base, f"How many more {goods} does {friend} have than {name}?"
+        finish, conclusion = Step("find the difference", minus(base * factor, base)), f"the difference is {result}"
     verb = rng.choice(("has", "owns", "finds", "collects", "counts", "sells"))
     question = f"{name} {verb} {base} {goods}, and {friend} {verb} {multiple} as many. {ask}"
     steps = (Step(f"find how many {goods} {friend} {verb}", times(base, factor)), finish)
-    conclusion = f"together it is {result}" if want_total else f"the difference is {result}"
     return Story(question, steps, conclusion, result, f"{name} had {base} {goods}")
 
 
@@ -310,20 +294,18 @@ def _stock_numbers(rng: Random) -> Numbers:
 def _stock(rng: Random, numbers: Numbers) -> Story:
     start, sold, more, sold_later = numbers
     place, goods, name = rng.choice(PLACES), rng.choice(PACKED_GOODS)[0], rng.choice(NAMES)
-    first, second, third = rng.choice(
-        (
-            ("On Monday", "On Tuesday", "On Wednesday"),
-            ("In spring", "In summer", "In autumn"),
-            ("First", "Then", "Later"),
-        )
+    first, second, third = pick(
+        rng,
+        ("On Monday", "On Tuesday", "On Wednesday"),
+        ("In spring", "In summer", "In autumn"),
+        ("First", "Then", "Later"),
     )
-    question = rng.choice(
-        (
-            f"A {place} has {start} {goods}. {first} {sold} are sold. {second} {more} new ones arrive. {third} "
-            f"{sold_later} are sold. How many {goods} are there now?",
-            f"{name} keeps {start} {goods} in the {place}. {first} {name} gives away {sold}, {second.lower()} {more} "
-            f"come in, and {third.lower()} {sold_later} go out. How many are left?",
-        )
+    question = pick(
+        rng,
+        f"A {place} has {start} {goods}. {first} {sold} are sold. {second} {more} new ones arrive. {third} "
+        f"{sold_later} are sold. How many {goods} are there now?",
+        f"{name} keeps {start} {goods} in the {place}. {first} {name} gives away {sold}, {second.lower()} {more} "
+        f"come in, and {third.lower()} {sold_later} go out. How many are left?",
     )
     a = start - sold
     steps = (
@@ -344,12 +326,11 @@ def _rows_numbers(rng: Random) -> Numbers:
 def _rows(rng: Random, numbers: Numbers) -> Story:
     rows, per_row, taken = numbers
     spot, seats = rng.choice(COUNTED_SPOTS)
-    question = rng.choice(
-        (
-            f"A {spot} has {rows} rows of {per_row} {seats}. If {taken} {seats} are taken, how many are free?",
-            f"In a {spot} there are {rows} rows with {per_row} {seats} in each, and {taken} are in use. How many {seats} "
-            f"are free?",
-        )
+    question = pick(
+        rng,
+        f"A {spot} has {rows} rows of {per_row} {seats}. If {taken} {seats} are taken, how many are free?",
+        f"In a {spot} there are {rows} rows with {per_row} {seats} in each, and {taken} are in use. How many "
+        f"{seats} are free?",
     )
     free = rows * per_row - taken
     steps = (
@@ -366,13 +347,12 @@ def _wage_numbers(rng: Random) -> Numbers:
 def _wage(rng: Random, numbers: Numbers) -> Story:
     hours, days, rate, bonus = numbers
     name, place = rng.choice(NAMES), rng.choice(PLACES)
-    question = rng.choice(
-        (
-            f"{name} works {hours} hours a day for {days} days in a {place} and earns ${rate} an hour, plus a bonus of "
-            f"${bonus}. How much does {name} earn?",
-            f"The {place} pays ${rate} an hour. {name} works there on {days} days for {hours} hours each and gets ${bonus} "
-            f"extra. What is the whole pay?",
-        )
+    question = pick(
+        rng,
+        f"{name} works {hours} hours a day for {days} days in a {place} and earns ${rate} an hour, plus a bonus of "
+        f"${bonus}. How much does {name} earn?",
+        f"The {place} pays ${rate} an hour. {name} works there on {days} days for {hours} hours each and gets "
+        f"${bonus} extra. What is the whole pay?",
     )
     total = hours * days
     steps = (
@@ -381,13 +361,8 @@ def _wage(rng: Random, numbers: Numbers) -> Story:
         Step(f"add the extra ${bonus}", plus(total * rate, bonus)),
     )
     pay = total * rate + bonus
-    return Story(
-        question,
-        steps,
-        rng.choice((f"{name} earns ${pay}", f"the pay is ${pay}")),
-        pay,
-        f"{name} worked {hours} hours a day",
-    )
+    conclusion = rng.choice((f"{name} earns ${pay}", f"the pay is ${pay}"))
+    return Story(question, steps, conclusion, pay, f"{name} worked {hours} hours a day")
 
 
 KINDS: dict[str, Kind] = {

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from random import Random
 from typing import NamedTuple
 
-from specforge_core.demo.corpus.problem import Accepts, Problem, capitalized, draw
+from specforge_core.demo.corpus.problem import Accepts, Problem, capitalized, draw, pick
 from specforge_core.demo.corpus.steps import divide, minus, plus, times
 from specforge_core.demo.corpus.words import MONTH_LENGTHS, MONTHS, NAMES, PACKED_GOODS, PLACES, WEEKDAYS
 
@@ -33,7 +33,7 @@ UNITS = (
 
 
 class Worked(NamedTuple):
-    """A conversion with its numbers filled in: the question, the rule, the sums, and the last sentence without a stop."""
+    """A conversion with its numbers filled in. `conclusion` is the last sentence without its stop."""
 
     question: str
     rule: str
@@ -50,15 +50,14 @@ class Kind(NamedTuple):
 
 
 def _ask(rng: Random, given: str, wanted: str) -> str:
-    return rng.choice(
-        (
-            f"Convert {given} to {wanted}.",
-            f"How many {wanted} are in {given}?",
-            f"What is {given} in {wanted}?",
-            f"Please express {given} in {wanted}.",
-            f"{rng.choice(NAMES)} measured {given} in the {rng.choice(PLACES)}. Give that in {wanted}.",
-            f"Write {given} as {wanted} and show the work.",
-        )
+    return pick(
+        rng,
+        f"Convert {given} to {wanted}.",
+        f"How many {wanted} are in {given}?",
+        f"What is {given} in {wanted}?",
+        f"Please express {given} in {wanted}.",
+        f"{rng.choice(NAMES)} measured {given} in the {rng.choice(PLACES)}. Give that in {wanted}.",
+        f"Write {given} as {wanted} and show the work.",
     )
 
 
@@ -120,7 +119,8 @@ def _mixed(rng: Random, unit: int, count: int, extra: int) -> Worked:
     return Worked(
         _ask(rng, f"{head} and {extra} {small}", small), f"One {one} is {factor} {small}",
         (times(count, factor), plus(count * factor, extra)),
-        rng.choice((f"{head} and {extra} {small} make {total} {small}", f"the total in {small} is {total}")), str(total),
+        rng.choice((f"{head} and {extra} {small} make {total} {small}", f"the total in {small} is {total}")),
+        str(total),
     )  # fmt: skip
 
 
@@ -135,7 +135,8 @@ def _celsius(rng: Random, degrees: int) -> Worked:
     return Worked(
         rng.choice((f"What is {degrees} degrees Celsius in Fahrenheit?", f"Convert {degrees} C to F.",
                     f"A thermometer shows {degrees} degrees Celsius. How much is that in Fahrenheit?")) + where,
-        "Divide by 5, multiply by 9 and add 32", (divide(degrees, 5), f"{fifth} × 9 = {fifth * 9}", plus(fifth * 9, 32)),
+        "Divide by 5, multiply by 9 and add 32",
+        (divide(degrees, 5), f"{fifth} × 9 = {fifth * 9}", plus(fifth * 9, 32)),
         rng.choice((f"the temperature in Fahrenheit is {fahrenheit}", f"{degrees} C is the same as {fahrenheit} F")),
         str(fahrenheit),
     )  # fmt: skip
@@ -163,9 +164,10 @@ def _later(rng: Random, start: int, hours: int, minutes: int) -> Worked:
         minute_sum += f", and {minus(after_hours % 60 + minutes, 60)}"
     sums += [minute_sum, f"{clock(after_hours)} plus {minutes} minutes is {clock(end)}"]
     return Worked(
-        rng.choice((f"A {event} starts at {clock(start)} and lasts {hours} {hour_word} and {minutes} minutes. When does it end?",
-                    f"{rng.choice(NAMES)} begins a {event} at {clock(start)}. It takes {hours} {hour_word} and {minutes} "
-                    f"minutes. What time is it afterwards?",
+        rng.choice((f"A {event} starts at {clock(start)} and lasts {hours} {hour_word} and {minutes} minutes. "
+                    f"When does it end?",
+                    f"{rng.choice(NAMES)} begins a {event} at {clock(start)}. It takes {hours} {hour_word} and "
+                    f"{minutes} minutes. What time is it afterwards?",
                     f"What time is it {hours} {hour_word} and {minutes} minutes after {clock(start)}?")),
         "Add the hours first, then the minutes", tuple(sums), f"the time is {clock(end)}", clock(end),
     )  # fmt: skip
@@ -191,7 +193,8 @@ def _half_day(rng: Random, minutes: int, direction: str) -> Worked:
     sums = () if hour <= 12 else ((minus(hour, 12),) if direction == "to12" else (plus(hour - 12, 12),))
     if direction == "to12":
         question = rng.choice((f"Write {day} on a 12-hour clock.", f"What is {day} with am or pm?",
-                               f"{rng.choice(NAMES)} sees {day} on the station clock. Say it with am or pm."))  # fmt: skip
+                               f"{rng.choice(NAMES)} sees {day} on the station clock. "
+                               "Say it with am or pm."))  # fmt: skip
         return Worked(question, rule, sums, f"{day} is {twelve}", twelve)
     question = rng.choice((f"Write {twelve} as 24-hour time.", f"What is {twelve} on a 24-hour clock?",
                            f"The {rng.choice(PLACES)} opens at {twelve}. Give it in 24-hour time."))  # fmt: skip
@@ -219,12 +222,11 @@ def _weekday(rng: Random, start: int, days: int, direction: str) -> Worked:
         if sign > 0
         else f"{capitalized(task)} was {days} days ago."
     )
-    question = rng.choice(
-        (
-            f"Today is {today}. {when} Which weekday is that?",
-            f"What day of the week is {days} days {direction} {today}?",
-            f"Which weekday comes {days} days {direction} a {today}?",
-        )
+    question = pick(
+        rng,
+        f"Today is {today}. {when} Which weekday is that?",
+        f"What day of the week is {days} days {direction} {today}?",
+        f"Which weekday comes {days} days {direction} a {today}?",
     )
     return Worked(
         question, "Whole weeks change nothing, so only the days left over count", tuple(sums), f"the day is {end}", end
@@ -245,13 +247,12 @@ def _date(rng: Random, month: int, day: int, days: int) -> Worked:
     sums.append(f"{MONTHS[here]} has {MONTH_LENGTHS[here]} days, enough for {at}")
     end = f"{MONTHS[here]} {at}"
     thing = rng.choice(("parcel", "ticket", "permit", "book", "coupon", "visa", "bill", "loan"))
-    question = rng.choice(
-        (
-            f"What date is {days} days after {MONTHS[month]} {day}? It is not a leap year.",
-            f"A {thing} from {MONTHS[month]} {day} is due in {days} days. Which date is that, in a year with 365 days?",
-            f"In a year that is no leap year, {rng.choice(NAMES)} starts on {MONTHS[month]} {day} and finishes {days} days "
-            f"later. On which date?",
-        )
+    question = pick(
+        rng,
+        f"What date is {days} days after {MONTHS[month]} {day}? It is not a leap year.",
+        f"A {thing} from {MONTHS[month]} {day} is due in {days} days. Which date is that, in a year with 365 days?",
+        f"In a year that is no leap year, {rng.choice(NAMES)} starts on {MONTHS[month]} {day} and finishes {days} "
+        f"days later. On which date?",
     )
     return Worked(
         question, "Add the days and take off every month that is full", tuple(sums), f"the date is {end}", end

@@ -5,7 +5,7 @@ from random import Random
 from typing import NamedTuple
 
 from specforge_core.demo.corpus import arithmetic, functions, rewrite, table
-from specforge_core.demo.corpus.problem import Accepts, capitalized, draw
+from specforge_core.demo.corpus.problem import Accepts, capitalized, draw, pick
 from specforge_core.demo.corpus.steps import written_out
 from specforge_core.demo.corpus.words import NAMES
 
@@ -50,13 +50,12 @@ def _changed_number(rng: Random, accepts: Accepts) -> Dialogue:
     if second is None:
         return _changed_number(rng, accepts)
     before, after = story(first), story(second)
-    ask = rng.choice(
-        (
-            f"And if {after.changed}?",
-            f"What if {after.changed} instead?",
-            f"Now do the same if {after.changed}.",
-            f"How does the result change if {after.changed}?",
-        )
+    ask = pick(
+        rng,
+        f"And if {after.changed}?",
+        f"What if {after.changed} instead?",
+        f"Now do the same if {after.changed}.",
+        f"How does the result change if {after.changed}?",
     )
     wish, answer = written_out(rng, before.steps, before.conclusion)
     _, again = written_out(rng, after.steps, after.conclusion)
@@ -100,13 +99,12 @@ def _explained_step(rng: Random, accepts: Accepts) -> Dialogue:
 def _result_only(rng: Random, accepts: Accepts) -> Dialogue:
     """The answer before, cut down to its result."""
     problem = arithmetic.sample(rng, accepts)
-    ask = rng.choice(
-        (
-            "Make it shorter.",
-            "Just the result, please.",
-            "Can you say that in one short sentence?",
-            "Too long. Only the number.",
-        )
+    ask = pick(
+        rng,
+        "Make it shorter.",
+        "Just the result, please.",
+        "Can you say that in one short sentence?",
+        "Too long. Only the number.",
     )
     reply = rng.choice(
         ("In short: the result is {}.", "The result is {}.", "Without the steps, it comes to {}.")
@@ -137,13 +135,12 @@ def _other_form(rng: Random, accepts: Accepts) -> Dialogue:
     question = rewrite.asked(rng, rewrite.form_task(rng, first), capitalized(source.build(sentence)))
     turns = [Turn(question, rewrite.form_answer(rng, sentence, first), capitalized(first.build(sentence)))]
     for form in others:
-        ask = rng.choice(
-            (
-                f"Now make it {form.name}.",
-                f"And in {form.name}?",
-                f"Good. Now as {form.name}, please.",
-                f"{rewrite.form_task(rng, form)}.",
-            )
+        ask = pick(
+            rng,
+            f"Now make it {form.name}.",
+            f"And in {form.name}?",
+            f"Good. Now as {form.name}, please.",
+            f"{rewrite.form_task(rng, form)}.",
         )
         turns.append(Turn(ask, rewrite.form_answer(rng, sentence, form), capitalized(form.build(sentence))))
     return Dialogue((rewrite.sentence_key(sentence),), tuple(turns))
@@ -160,13 +157,15 @@ def _changed_function(rng: Random, accepts: Accepts) -> Dialogue:
     if changed is None:
         return _changed_function(rng, accepts)
     name, parameter = functions.random_name(rng, task), rng.choice(functions.PARAMETERS)
-    question = f"Write a Python function {name}({parameter}) that returns {functions.wanted(task)}. Use {list(task.values)} as an example."
-    ask = rng.choice(
-        (
-            f"Change it so that it keeps the numbers that are {changed.keep.words}.",
-            f"Now only for numbers that are {changed.keep.words}, please.",
-            f"What if it should use numbers that are {changed.keep.words} instead?",
-        )
+    question = (
+        f"Write a Python function {name}({parameter}) that returns {functions.wanted(task)}. "
+        f"Use {list(task.values)} as an example."
+    )
+    ask = pick(
+        rng,
+        f"Change it so that it keeps the numbers that are {changed.keep.words}.",
+        f"Now only for numbers that are {changed.keep.words}, please.",
+        f"What if it should use numbers that are {changed.keep.words} instead?",
     )
     turns = [
         Turn(
@@ -200,7 +199,8 @@ def _thanks(rng: Random, accepts: Accepts) -> Dialogue:
 
 
 TASKS: tuple[Callable[[Random, Accepts], Dialogue], ...] = (
-    _changed_number, _changed_number, _explained_step, _result_only, _other_question, _other_form, _changed_function, _thanks,
+    _changed_number, _changed_number, _explained_step, _result_only,
+    _other_question, _other_form, _changed_function, _thanks,
 )  # fmt: skip
 
 

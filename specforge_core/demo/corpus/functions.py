@@ -6,7 +6,7 @@ from itertools import accumulate
 from random import Random
 from typing import NamedTuple
 
-from specforge_core.demo.corpus.problem import Accepts, Problem, draw, listed
+from specforge_core.demo.corpus.problem import Accepts, Problem, draw, listed, pick
 from specforge_core.demo.corpus.words import FRUIT_AND_MORE
 
 Values = tuple[int, ...]
@@ -23,30 +23,28 @@ class Part(NamedTuple):
 def random_filter(rng: Random) -> Part:
     """A condition on one number `n`."""
     k = rng.randint(2, 20)
-    return rng.choice(
-        (
-            Part("even", "n % 2 == 0", lambda n: n % 2 == 0),
-            Part("odd", "n % 2 == 1", lambda n: n % 2 == 1),
-            Part(f"greater than {k}", f"n > {k}", lambda n: n > k),
-            Part(f"less than {k}", f"n < {k}", lambda n: n < k),
-            Part(f"at least {k}", f"n >= {k}", lambda n: n >= k),
-            Part(f"not equal to {k}", f"n != {k}", lambda n: n != k),
-            Part(f"divisible by {k % 8 + 3}", f"n % {k % 8 + 3} == 0", lambda n: n % (k % 8 + 3) == 0),
-        )
+    return pick(
+        rng,
+        Part("even", "n % 2 == 0", lambda n: n % 2 == 0),
+        Part("odd", "n % 2 == 1", lambda n: n % 2 == 1),
+        Part(f"greater than {k}", f"n > {k}", lambda n: n > k),
+        Part(f"less than {k}", f"n < {k}", lambda n: n < k),
+        Part(f"at least {k}", f"n >= {k}", lambda n: n >= k),
+        Part(f"not equal to {k}", f"n != {k}", lambda n: n != k),
+        Part(f"divisible by {k % 8 + 3}", f"n % {k % 8 + 3} == 0", lambda n: n % (k % 8 + 3) == 0),
     )
 
 
 def random_map(rng: Random) -> Part:
     """A change made to one number `n`."""
     k = rng.randint(2, 9)
-    return rng.choice(
-        (
-            Part("", "n", lambda n: n),
-            Part("doubled", "n * 2", lambda n: n * 2),
-            Part(f"plus {k}", f"n + {k}", lambda n: n + k),
-            Part(f"times {k}", f"n * {k}", lambda n: n * k),
-            Part("squared", "n * n", lambda n: n * n),
-        )
+    return pick(
+        rng,
+        Part("", "n", lambda n: n),
+        Part("doubled", "n * 2", lambda n: n * 2),
+        Part(f"plus {k}", f"n + {k}", lambda n: n + k),
+        Part(f"times {k}", f"n * {k}", lambda n: n * k),
+        Part("squared", "n * n", lambda n: n * n),
     )
 
 
@@ -100,8 +98,8 @@ def source(rng: Random, task: Task, name: str, parameter: str) -> str:
     expression = f"[{task.change.code} for n in {parameter} if {task.keep.code}]"
     if rng.random() < 0.5:
         return f"def {name}({parameter}):\n    kept = {expression}\n    return {task.reduce.code}(kept)"
-    body = f"    kept = []\n    for n in {parameter}:\n        if {task.keep.code}:\n            kept.append({task.change.code})"
-    return f"def {name}({parameter}):\n{body}\n    return {task.reduce.code}(kept)"
+    body = f"for n in {parameter}:\n        if {task.keep.code}:\n            kept.append({task.change.code})"
+    return f"def {name}({parameter}):\n    kept = []\n    {body}\n    return {task.reduce.code}(kept)"
 
 
 def explained(rng: Random, task: Task) -> str:
@@ -125,14 +123,13 @@ def additions(values: list[int]) -> str:
 
 def random_name(rng: Random, task: Task) -> str:
     verb = rng.choice(("get", "find", "compute", "calc"))
-    return rng.choice(
-        (
-            f"{verb}_{task.reduce.words}",
-            f"{task.reduce.words}_of_numbers",
-            f"filtered_{task.reduce.words}",
-            "solve",
-            "process",
-        )
+    return pick(
+        rng,
+        f"{verb}_{task.reduce.words}",
+        f"{task.reduce.words}_of_numbers",
+        f"filtered_{task.reduce.words}",
+        "solve",
+        "process",
     )
 
 
@@ -140,13 +137,12 @@ def _numbers(rng: Random, accepts: Accepts) -> Problem:
     task = draw(lambda: random_task(rng), task_key, accepts)
     name, parameter = random_name(rng, task), rng.choice(PARAMETERS)
     example = list(task.values)
-    question = rng.choice(
-        (
-            f"Write a Python function {name}({parameter}) that returns {wanted(task)}. What does it return for {example}?",
-            f"I need a function named {name} in Python. It takes a list called {parameter} and returns {wanted(task)}. "
-            f"Explain it with the example {example}.",
-            f"Code {name}({parameter}) in Python: it should give {wanted(task)}. Show the result for {example}.",
-        )
+    question = pick(
+        rng,
+        f"Write a Python function {name}({parameter}) that returns {wanted(task)}. What does it return for {example}?",
+        f"I need a function named {name} in Python. It takes a list called {parameter} and returns {wanted(task)}. "
+        f"Explain it with the example {example}.",
+        f"Code {name}({parameter}) in Python: it should give {wanted(task)}. Show the result for {example}.",
     )
     answer = f"{block(source(rng, task, name, parameter))}\n\n{explained(rng, task)}"
     return Problem(task_key(task), question, answer, str(int(task.reduce.apply(task.results()))))
@@ -192,11 +188,10 @@ def _text(rng: Random, accepts: Accepts) -> Problem:
     note = rng.choice(
         ("    # one expression is enough\n", "", f'    """Return {words}."""\n' if '"' not in words else "")
     )
-    question = rng.choice(
-        (
-            f'Write a Python function {name}(text) that returns {words}. What is {name}("{text}")?',
-            f'How can a Python function named {name} return {words}? Try it on "{text}".',
-        )
+    question = pick(
+        rng,
+        f'Write a Python function {name}(text) that returns {words}. What is {name}("{text}")?',
+        f'How can a Python function named {name} return {words}? Try it on "{text}".',
     )
     spelled = f'The letters of "{text}" are {", ".join(text)}.'
     if isinstance(value, str):
@@ -238,11 +233,10 @@ def _dictionary(rng: Random, accepts: Accepts) -> Problem:
         task, code, result = "the sum of all values", f"sum({parameter}.values())", str(sum(prices))
         work = additions(list(prices))[:-1]
     name = rng.choice(("select", "query", "lookup", "answer", "solve", "report"))
-    question = rng.choice(
-        (
-            f"Write a Python function {name}({parameter}) for a dictionary. It returns {task}. Try it on {shown}.",
-            f"Given a dictionary such as {shown}, write {name}({parameter}) that returns {task}. What is the result?",
-        )
+    question = pick(
+        rng,
+        f"Write a Python function {name}({parameter}) for a dictionary. It returns {task}. Try it on {shown}.",
+        f"Given a dictionary such as {shown}, write {name}({parameter}) that returns {task}. What is the result?",
     )
     code = block(f"def {name}({parameter}):\n    return {code}")
     return Problem(key(drawn), question, f"{code}\n\n{work}. So the call returns {result}.", result)

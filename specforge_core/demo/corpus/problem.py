@@ -14,6 +14,7 @@ HELDOUT_BYTES = 16
 
 
 FactsT = TypeVar("FactsT")
+ChoiceT = TypeVar("ChoiceT")
 
 
 class Problem(NamedTuple):
@@ -55,6 +56,11 @@ def answers_match(answer: str, final_answer: str) -> bool:
         return bool(numbers) and numbers[-1] == final_answer
     last_line = answer.strip().rsplit("\n", 1)[-1].removesuffix(".")
     return re.search(rf"(?<!\w){re.escape(final_answer.removesuffix('.'))}$", last_line) is not None
+
+
+def pick(rng: Random, *choices: ChoiceT) -> ChoiceT:
+    """One of the choices, mostly wordings of the same thing."""
+    return rng.choice(choices)
 
 
 def capitalized(text: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from random import Random
 from typing import NamedTuple
 
-from specforge_core.demo.corpus.problem import Accepts, Problem, capitalized, draw, listed
+from specforge_core.demo.corpus.problem import Accepts, Problem, capitalized, draw, listed, pick
 from specforge_core.demo.corpus.words import (
     ADJECTIVES,
     FRUIT_AND_MORE,
@@ -32,6 +32,10 @@ class Sentence(NamedTuple):
     def object(self) -> str:
         return f"the {self.adjective} {self.thing}"
 
+    @property
+    def was(self) -> str:
+        return "were" if self.plural else "was"
+
 
 class Form(NamedTuple):
     """A form a sentence can take: what to call it, how to build it, and the rule in words."""
@@ -50,8 +54,8 @@ FORMS: tuple[Form, ...] = (
          lambda s: f'the future takes "will" and the base form "{s.verb[0]}"'),
     Form("the present perfect", lambda s: f"{s.subject} has {s.verb[3]} {s.object}{s.setting}.",
          lambda s: f'the present perfect takes "has" and the participle "{s.verb[3]}"'),
-    Form("the passive voice", lambda s: f"{s.object} {'were' if s.plural else 'was'} {s.verb[3]} by {s.subject}{s.setting}.",
-         lambda s: f'in the passive "{s.object}" comes first, the verb becomes "{"were" if s.plural else "was"} {s.verb[3]}", '
+    Form("the passive voice", lambda s: f"{s.object} {s.was} {s.verb[3]} by {s.subject}{s.setting}.",
+         lambda s: f'in the passive "{s.object}" comes first, the verb becomes "{s.was} {s.verb[3]}", '
                    f'and "by" names who did it'),
     Form("a question about the past", lambda s: f"did {s.subject} {s.verb[0]} {s.object}{s.setting}?",
          lambda s: f'a question about the past starts with "did" and takes the base form "{s.verb[0]}"'),
@@ -128,7 +132,10 @@ def _combine(rng: Random, accepts: Accepts) -> Problem:
     tail = f"{one.subject} {other.verb[2]}" if link == "after which" else other.verb[2]
     result = capitalized(f"{past.build(one)[:-1]} {link} {tail} {other.object}{other.setting}.")
     text = f"{capitalized(past.build(one))} {capitalized(past.build(other))}"
-    work = f'Both sentences are about "{one.subject}", so the link "{link}" can join "{one.verb[2]}" and "{other.verb[2]}".'
+    work = (
+        f'Both sentences are about "{one.subject}", so the link "{link}" can join "{one.verb[2]}" and '
+        f'"{other.verb[2]}".'
+    )
     task = rng.choice(
         (f'Join the sentences with "{link}"', f'Make one sentence with "{link}"', f'Combine these using "{link}"')
     )
@@ -252,13 +259,12 @@ def _tone(rng: Random, accepts: Accepts) -> Problem:
     to_formal = rng.random() < 0.7
     source, target = (casual, formal) if to_formal else (formal, casual)
     task = (
-        rng.choice(
-            (
-                "Make this message formal",
-                "Rewrite this politely for the office",
-                "Use a formal tone",
-                "Turn this into a formal note",
-            )
+        pick(
+            rng,
+            "Make this message formal",
+            "Rewrite this politely for the office",
+            "Use a formal tone",
+            "Turn this into a formal note",
         )
         if to_formal
         else rng.choice(("Make this message casual", "Rewrite this for a friend", "Use a relaxed tone"))
@@ -284,11 +290,10 @@ def _bullets(rng: Random, accepts: Accepts) -> Problem:
         task = rng.choice(("Turn this into a bullet list", "Write this as bullet points", "Make a list out of this"))
         lead = f"What {name} {verb} for the {place}:"
         return Problem(key(drawn), asked(rng, task, sentence), f"{lead}\n{bullets}\n{count}", str(len(items)))
-    task = rng.choice(
-        (
-            f'Write one sentence from this list. Start with "{name} {verb}"',
-            f'Turn the list into a sentence with "{name} {verb}"',
-        )
+    task = pick(
+        rng,
+        f'Write one sentence from this list. Start with "{name} {verb}"',
+        f'Turn the list into a sentence with "{name} {verb}"',
     )
     text = f"For the {place}:\n{bullets}"
     return Problem(

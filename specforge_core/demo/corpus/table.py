@@ -122,7 +122,8 @@ def _extreme(rng: Random, table: Table) -> Reply:
     header, value = table.headers[column], pick(table.figures(column))
     name = table.rows[table.figures(column).index(value)][0]
     word = rng.choice(("highest", "largest")) if pick is max else rng.choice(("lowest", "smallest"))
-    question = rng.choice((f"Which {table.row} has the {word} {header}?", f"Find the {table.row} with the {word} {header}.",
+    question = rng.choice((f"Which {table.row} has the {word} {header}?",
+                           f"Find the {table.row} with the {word} {header}.",
                            f"Where is the {header} {word}?"))  # fmt: skip
     work = (_read_out(table, column), f"the {word} of these is {value}")
     return Reply(question, work, f"the {word} {header} belongs to {name}", name)
@@ -200,7 +201,8 @@ def _summary(rng: Random, table: Table) -> Reply:
     header, figures = table.headers[column], table.figures(column)
     best, worst = table.names()[figures.index(max(figures))], table.names()[figures.index(min(figures))]
     question = rng.choice((f"Summarise the table in a few sentences, with a look at {header}.",
-                           f"Describe what the table says about {header}.", f"Write a short summary about {header}."))  # fmt: skip
+                           f"Describe what the table says about {header}.",
+                           f"Write a short summary about {header}."))  # fmt: skip
     groups = listed(
         [f"{sum(row[1] == v for row in table.rows)} with {v}" for v in dict.fromkeys(row[1] for row in table.rows)]
     )
@@ -232,8 +234,9 @@ def told(rng: Random, reply: Reply) -> str:
 def introduced(rng: Random, table: Table, question: str) -> str:
     """The table and a question about it as one prompt."""
     text = shown(rng, table)
-    intro = rng.choice(("Here is a table.", "Look at this table:", f"{rng.choice(NAMES)} made this list:", "Use the data below.",
-                        f"This comes from the {rng.choice(PLACES)}.", f"Each line is one {table.row}."))  # fmt: skip
+    intro = rng.choice(("Here is a table.", "Look at this table:", f"{rng.choice(NAMES)} made this list:",
+                        "Use the data below.", f"This comes from the {rng.choice(PLACES)}.",
+                        f"Each line is one {table.row}."))  # fmt: skip
     return f"{intro}\n\n{text}\n\n{question}" if rng.random() < 0.7 else f"{question}\n\n{text}"
 
 

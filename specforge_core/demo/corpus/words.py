@@ -1,12 +1,13 @@
 """Word lists behind the procedural corpus; data only."""
 
 NAMES = (
-    "Adam Aisha Alma Amir Ana Anton Arjun Astrid Ben Bella Boris Bruno Carla Carlos Cedric Chloe Clara Dana Daniel David "
-    "Diego Dora Edith Elena Elif Emil Emma Erik Esther Eva Fatima Felix Fiona Frank Freya George Gina Grace Greta Hana "
-    "Hannah Harold Hassan Helen Henry Hugo Ida Igor Ines Irene Isaac Ivan Jack Jana Jasper Joan Jonas Julia Kai Karen "
-    "Karim Kofi Laila Lara Lars Lena Leo Liam Lina Louis Lucas Lucy Magda Marco Maria Martin Maya Mei Mia Milan Mona "
-    "Nadia Nils Nina Noah Nora Olga Oliver Omar Oscar Paula Pavel Peter Petra Priya Quinn Rahul Raj Rita Robert Rosa "
-    "Ruth Sam Samir Sara Simon Sofia Stefan Tara Theo Thomas Tina Tom Uma Vera Victor Wanda Will Xenia Yara Yusuf Zoe"
+    "Adam Aisha Alma Amir Ana Anton Arjun Astrid Ben Bella Boris Bruno Carla Carlos Cedric Chloe Clara Dana Daniel "
+    "David Diego Dora Edith Elena Elif Emil Emma Erik Esther Eva Fatima Felix Fiona Frank Freya George Gina Grace "
+    "Greta Hana Hannah Harold Hassan Helen Henry Hugo Ida Igor Ines Irene Isaac Ivan Jack Jana Jasper Joan Jonas "
+    "Julia Kai Karen Karim Kofi Laila Lara Lars Lena Leo Liam Lina Louis Lucas Lucy Magda Marco Maria Martin Maya "
+    "Mei Mia Milan Mona Nadia Nils Nina Noah Nora Olga Oliver Omar Oscar Paula Pavel Peter Petra Priya Quinn Rahul "
+    "Raj Rita Robert Rosa Ruth Sam Samir Sara Simon Sofia Stefan Tara Theo Thomas Tina Tom Uma Vera Victor Wanda "
+    "Will Xenia Yara Yusuf Zoe"
 ).split()
 
 CITIES = (
@@ -160,8 +161,8 @@ JOBS = (
 ).split()
 
 ADJECTIVES = (
-    "old new small large red blue green yellow broken heavy light clean dirty wooden empty quiet tall narrow wide bright "
-    "dark soft cheap fancy round square rusty simple strange famous"
+    "old new small large red blue green yellow broken heavy light clean dirty wooden empty quiet tall narrow wide "
+    "bright dark soft cheap fancy round square rusty simple strange famous"
 ).split()
 
 # (base, third person, past, past participle): verbs that take a thing as their object
@@ -254,7 +255,7 @@ THINGS = (
 
 FRUIT_AND_MORE = (
     "apple apricot banana barley basil bean beet bread butter cabbage carrot celery cheese cherry coffee corn cream "
-    "cucumber date egg fig fish garlic ginger grape honey jam kale leek lemon lentil lettuce lime mango melon milk mint "
-    "mushroom mustard nut oat olive onion orange pea peach pear pepper plum potato radish rice salt spinach sugar tea "
-    "thyme tomato walnut yam"
+    "cucumber date egg fig fish garlic ginger grape honey jam kale leek lemon lentil lettuce lime mango melon milk "
+    "mint mushroom mustard nut oat olive onion orange pea peach pear pepper plum potato radish rice salt spinach "
+    "sugar tea thyme tomato walnut yam"
 ).split()
