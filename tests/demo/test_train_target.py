@@ -1,11 +1,15 @@
 """The demo target's trainer: what the loss sees, and the whole program on a CPU."""
 
+import json
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from specforge_core.demo.corpus import generate
 from specforge_core.demo.target_data import load_tokenizer, tokenize
@@ -39,3 +43,20 @@ def test_a_padded_call_leaves_no_padding_behind(tokenizer: PreTrainedTokenizerBa
     assert len(set(np.diff(before.starts_R1))) > 1
     assert after.starts_R1.tolist() == before.starts_R1.tolist()
     assert after.tokens_N.tolist() == before.tokens_N.tolist()
+
+
+@pytest.mark.slow
+def test_a_smoke_run_leaves_a_folder_that_loads(tmp_path: Path):
+    out = tmp_path / "target"
+    command = [sys.executable, "-m", "specforge_core.demo.train_target", "--smoke", "--device", "cpu"]
+    subprocess.run([*command, "--out", str(out), "--data", str(tmp_path / "corpus")], check=True)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in TARGET.iterdir())
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    assert model.config.vocab_size == len(tokenizer)
+    result = json.loads((out / "training_result.json").read_text())
+    assert result["steps"] > 0
+    assert result["num_conversations"] == 1500
+    # A card is public: where this machine keeps its files is not part of it.
+    assert str(tmp_path) not in (out / "README.md").read_text()
+    assert (out / "model.safetensors").read_bytes() != (TARGET / "model.safetensors").read_bytes()
