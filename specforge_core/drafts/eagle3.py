@@ -19,7 +19,7 @@ from specforge_core.manifest import Eagle3Config
 
 NUM_AUX_LAYERS = 3
 # Measured on the demo target: fc as an average of its layers, the middle layer as a copy of the target's last one, or
-# noise scaled by the fan-in all reach a lower acceptance length than small noise does. A random head loses most.
+# noise scaled by the fan-in all reach a lower acceptance length than small noise does; so does a random head.
 INIT_STD = 0.02
 
 
