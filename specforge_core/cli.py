@@ -32,6 +32,7 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     # A machine that is busy building takes longer than the 20 s that Prefect allows.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
@@ -101,18 +102,22 @@ def build(args: argparse.Namespace) -> int:
     skipped = select_entries(manifest, only=args.only, num_gpus=len(_gpus())).skipped
     for reason in skipped.values():
         _stderr(f"skipped: {reason}")
+    from flows.services import start_own_prefect_server
+
+    is_own = start_own_prefect_server(_store(args).root / "logs" / "prefect-server.log")
     from flows.specbundle import specbundle
     from flows.summary import BuildSummary
     from tasks.stage import StageError
 
-    def drop_traceback(record: logging.LogRecord) -> bool:
-        # The stage has printed its own; Prefect's, through three layers of engine, would bury it.
+    def tidy(record: logging.LogRecord) -> bool:
+        # The stage has printed its own traceback; Prefect's, through three layers of engine, would bury it.
         if record.exc_info and isinstance(record.exc_info[1], StageError):
             record.exc_info = None
-        return True
+        # This build's own server has no pages.
+        return not (is_own and record.getMessage().startswith("View at"))
 
     for name in ("prefect.task_runs", "prefect.flow_runs"):
-        logging.getLogger(name).addFilter(drop_traceback)
+        logging.getLogger(name).addFilter(tidy)
     # Such as what it waits for.
     logging.getLogger("specforge_core").setLevel(logging.INFO)
     state = specbundle(

@@ -37,17 +37,18 @@ class ProcessError(RuntimeError):
 
 @contextlib.contextmanager
 def children_end_on_error() -> Iterator[None]:
-    """Around the body of a flow: on any way out but success, stop every child of this process and start no other.
+    """Around the body of a flow: on any way out but success, stop every child started meanwhile, and start no other.
 
     A signal raises in the main thread alone. Threads that wait for a child would keep the process open; ending their
     children frees them.
     """
     ending.clear()
+    older = set(_children)
     try:
         yield
     except BaseException:
         ending.set()
-        for child in list(_children):
+        for child in _children - older:
             child.stop()
         raise
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable
 from uuid import UUID
 
-import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import TaskRunContext
+from prefect.exceptions import PrefectHTTPStatusError
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def progress_reader(name: str) -> Callable[[str], None]:
             return
         try:
             context.run(show, bar["what"], float(bar["percent"]))
-        except httpx.HTTPError as error:
+        except PrefectHTTPStatusError as error:
             # A busy server is no reason to lose lines of the log.
             logger.warning("progress of %s is not shown: %s", name, error)
 

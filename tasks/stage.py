@@ -78,15 +78,15 @@ def run_stage(spec: StageSpec, build: EntryBuild) -> StageResult[Any]:
     """
     store, stage, key = Store(build.store), spec.stage, spec.key()
     found = store.find(stage, key, spec.facts_type)
-    artifact = found or _build(spec, key, build, store)
+    result = StageResult(found, is_reused=True) if found else _build(spec, key, build, store)
     record_stage(build.store, build.recipe.entry.name, stage=stage, key=key)
-    if found:
-        build.tracking.log_metrics_file(found.path / METRICS_NAME, stage=stage)
-    build.tracking.log_artifact_record(artifact)
-    return StageResult(artifact, is_reused=found is not None)
+    if result.is_reused:
+        build.tracking.log_metrics_file(result.artifact.path / METRICS_NAME, stage=stage)
+    build.tracking.log_artifact_record(result.artifact)
+    return result
 
 
-def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store) -> Artifact[Any]:
+def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store) -> StageResult[Any]:
     logger, read_progress = run_logger(), progress_reader(f"{build.recipe.entry.name}-{spec.stage}")
 
     def on_line(line: str) -> None:
@@ -97,7 +97,7 @@ def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store) -> Artifa
     with store.building(spec.stage, key) as (directory, lock_fd):
         # Another build may have made it while this one waited.
         if found := store.find(spec.stage, key, spec.facts_type):
-            return found
+            return StageResult(found, is_reused=True)
         spec_path = directory / SPEC_NAME
         write_atomically(spec_path, spec.model_dump_json(indent=1) + "\n")
         log = directory / LOG_NAME
@@ -117,7 +117,7 @@ def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store) -> Artifa
                 process.wait()
             except ProcessError as error:
                 raise StageError(spec.stage, error, log) from error
-        return store.commit(directory, spec.stage, key, spec.facts_type)
+        return StageResult(store.commit(directory, spec.stage, key, spec.facts_type), is_reused=False)
 
 
 def stage_command(spec: StageSpec, spec_path: Path, out: Path) -> list[str]:

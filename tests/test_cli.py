@@ -109,7 +109,7 @@ def test_reading_commands_load_neither_prefect_nor_mlflow_nor_torch(factory: Pat
 @pytest.mark.timeout(600)
 def test_ctrl_c_ends_a_build_without_leftovers_and_the_next_goes_on(tmp_path: Path) -> None:
     endless = tiny_entry()
-    endless["training"] |= {"num_epochs": 1_000_000, "checkpoints_per_run": 1000}
+    endless["training"] |= {"num_epochs": 5_000, "checkpoints_per_run": 1000}
     manifest = make_factory(tmp_path, endless)
     env = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "2"}
     env.pop("PREFECT_API_URL", None)

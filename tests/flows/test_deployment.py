@@ -96,7 +96,7 @@ def test_a_deployment_run_with_a_failing_entry_exits_with_failure(tmp_path: Path
 
 def test_a_cancelled_run_leaves_no_stage_behind(tmp_path: Path, services: Services) -> None:
     endless = tiny_entry("endless")
-    endless["training"] |= {"num_epochs": 1_000_000}
+    endless["training"] |= {"num_epochs": 5_000}
     manifest = make_factory(tmp_path, endless)
     started = services.run("-p", f'manifest="{manifest}"')
     found = re.search(r"UUID: ([0-9a-f-]{36})", started.stdout)

@@ -80,6 +80,7 @@ def test_two_builds_of_one_artifact_build_it_once(build: EntryBuild) -> None:
     for thread in threads:
         thread.join()
     assert results[0].artifact == results[1].artifact
+    assert sorted(result.is_reused for result in results) == [False, True]
     assert (results[0].artifact.path / LOG_NAME).read_text().count("hearing hello") == 1
 
 
