@@ -47,13 +47,13 @@ def test_it_answers_heldout_questions_and_ends_by_itself(model: LlamaForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
     conversations = [
         conversation
-        for family in ("arithmetic", "rewrite", "table")
+        for family in ("arithmetic", "convert", "rewrite")
         for conversation in islice(generate("heldout", seed=71, family=family), 4)
     ]
     replies = generate_replies(model, tokenizer, conversations, max_new_tokens=200)
     assert all(reply.ended for reply in replies)
     right = [answers_match(reply.text, c.final_answer) for c, reply in zip(conversations, replies, strict=True)]
-    assert sum(right) >= 10, [reply.text for reply, is_right in zip(replies, right, strict=True) if not is_right]
+    assert sum(right) >= 11, [reply.text for reply, is_right in zip(replies, right, strict=True) if not is_right]
 
 
 def test_its_loss_is_the_same_after_it_has_generated(model: LlamaForCausalLM):
