@@ -217,8 +217,9 @@ class BenchmarkConfig(Config):
 
     suites: tuple[SuiteConfig, ...] = Field(min_length=1)
     serving: tuple[ServingConfig, ...] = Field(default=(ServingConfig(),), min_length=1)
-    repeats: Annotated[int, Field(ge=2)] = 3
-    """Interleaved runs with and without draft; at least two, so that there is an interval."""
+    repeats: Annotated[int, Field(ge=2)] = 8
+    """Rounds that a suite's prompts are dealt to, each timed with and without draft. More cost no time while there are
+    prompts for them, and from six on the interval assumes nothing."""
     temperature: float = Field(default=0.0, ge=0.0, le=5.0)
     seed: int = 0
 

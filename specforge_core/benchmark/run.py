@@ -93,22 +93,27 @@ def supervised_tokens(conversations: Path) -> Iterator[SupervisedTokens]:
 def fastest_num_threads(target: HFTarget, workload: Workload) -> int:
     """The number of CPU threads at which the target decodes fastest without a draft; both sides then run with it.
 
-    One token at a time is little work, and threads that wait for each other may cost more than they bring.
+    One token at a time is little work, and threads that wait for each other may cost more than they bring. Doubles the
+    number as long as that is faster.
     """
+    most = torch.get_num_threads()
     if target.device.type != "cpu":
-        return torch.get_num_threads()
+        return most
     probe = workload._replace(sampling=workload.sampling._replace(max_new_tokens=THREAD_PROBE_TOKENS))
     requests = workload.requests[: workload.serving.concurrency]
-    candidates = sorted({1, 2, torch.get_num_threads() // 2, torch.get_num_threads()} - {0})
-    speeds = {}
-    for num_threads in candidates:
+    speeds: dict[int, float] = {}
+    num_threads = 1
+    while num_threads <= most:
         with torch_threads(num_threads):
             # The better of two: the first one also wakes the threads up.
             speeds[num_threads] = max(
                 decode(target, probe, requests, None, batch_size=len(requests)).output_tokens_per_s for _ in range(2)
             )
+        if speeds[num_threads] < max(speeds.values()):
+            break
+        num_threads *= 2
     logger.info("output tokens/s without draft by number of threads: %s", speeds)
-    return max(candidates, key=lambda num_threads: speeds[num_threads])
+    return max(speeds, key=lambda num_threads: speeds[num_threads])
 
 
 @contextlib.contextmanager

@@ -52,37 +52,35 @@ class RowBuffer:
 
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
-        self.keys_RLHD: Tensor | None = None
-        self.values_RLHD: Tensor | None = None
+        # Heads before tokens: attention goes through one head's tokens in the order in which they lie in memory.
+        self.keys_RHLD: Tensor | None = None
+        self.values_RHLD: Tensor | None = None
 
     def update(self, keys_BHTD: Tensor, values_BHTD: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, L, D] of the window's rows, the new ones written. They are views."""
         num_keys = window.mask_B1TL.shape[-1]
-        self.keys_RLHD = self._with_room(self.keys_RLHD, keys_BHTD, num_keys)
-        self.values_RLHD = self._with_room(self.values_RLHD, values_BHTD, num_keys)
-        self.keys_RLHD[window.row_ids_B1, window.slots_BT] = keys_BHTD.transpose(1, 2)
-        self.values_RLHD[window.row_ids_B1, window.slots_BT] = values_BHTD.transpose(1, 2)
-        return (
-            self.keys_RLHD[window.rows, :num_keys].transpose(1, 2),
-            self.values_RLHD[window.rows, :num_keys].transpose(1, 2),
-        )
+        self.keys_RHLD = self._with_room(self.keys_RHLD, keys_BHTD, num_keys)
+        self.values_RHLD = self._with_room(self.values_RHLD, values_BHTD, num_keys)
+        self.keys_RHLD[window.row_ids_B1, :, window.slots_BT] = keys_BHTD.transpose(1, 2)
+        self.values_RHLD[window.row_ids_B1, :, window.slots_BT] = values_BHTD.transpose(1, 2)
+        return self.keys_RHLD[window.rows, :, :num_keys], self.values_RHLD[window.rows, :, :num_keys]
 
     def copy_row(self, source: int, destination: int) -> None:
         """Overwrite one row by another."""
-        for buffer_RLHD in (self.keys_RLHD, self.values_RLHD):
-            assert buffer_RLHD is not None
-            buffer_RLHD[destination] = buffer_RLHD[source]
+        for buffer_RHLD in (self.keys_RHLD, self.values_RHLD):
+            assert buffer_RHLD is not None
+            buffer_RHLD[destination] = buffer_RHLD[source]
 
-    def _with_room(self, buffer_RLHD: Tensor | None, new_BHTD: Tensor, num_keys: int) -> Tensor:
-        if buffer_RLHD is not None and buffer_RLHD.shape[1] >= num_keys:
-            return buffer_RLHD
+    def _with_room(self, buffer_RHLD: Tensor | None, new_BHTD: Tensor, num_keys: int) -> Tensor:
+        if buffer_RHLD is not None and buffer_RHLD.shape[2] >= num_keys:
+            return buffer_RHLD
         _, num_heads, _, head_dim = new_BHTD.shape
         capacity = -(-num_keys // CAPACITY_STEP) * CAPACITY_STEP
         # Zeros, not empty memory: a NaN there would pass through the mask.
-        grown_RLHD = new_BHTD.new_zeros(self.num_rows, capacity, num_heads, head_dim)
-        if buffer_RLHD is not None:
-            grown_RLHD[:, : buffer_RLHD.shape[1]] = buffer_RLHD
-        return grown_RLHD
+        grown_RHLD = new_BHTD.new_zeros(self.num_rows, num_heads, capacity, head_dim)
+        if buffer_RHLD is not None:
+            grown_RHLD[:, :, : buffer_RHLD.shape[2]] = buffer_RHLD
+        return grown_RHLD
 
 
 class RowCache(Cache):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from specforge_core.decoding.attention import grouped
 from specforge_core.decoding.drafters import Drafter, Extension
 from specforge_core.decoding.kv_cache import RowCache, make_window
 from specforge_core.decoding.verification import Verdict, greedy_verdicts, sampled_verdicts, target_probabilities
@@ -250,14 +251,15 @@ class _Loop:
             dtype=self.model.dtype,
             device=device,
         )
-        output = self.model(
-            input_ids=torch.tensor(input_ids, device=device),
-            position_ids=window.position_ids_BT,
-            attention_mask=window.mask_B1TL,
-            past_key_values=self.cache,
-            use_cache=True,
-            **kwargs,
-        )
+        with grouped(self.model):
+            output = self.model(
+                input_ids=torch.tensor(input_ids, device=device),
+                position_ids=window.position_ids_BT,
+                attention_mask=window.mask_B1TL,
+                past_key_values=self.cache,
+                use_cache=True,
+                **kwargs,
+            )
         logits_BTV: Tensor = output.logits
         return logits_BTV
 

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,15 +99,17 @@ def test_a_draft_of_another_target_is_refused(spec, tiny_target, tmp_path):
         stage.main(spec.model_copy(update={"draft": other}), tmp_path)
 
 
-def test_the_fastest_number_of_threads_is_the_baselines(spec, monkeypatch):
-    class Fixed:
-        def __init__(self, speed: float) -> None:
-            self.output_tokens_per_s = speed
+@pytest.mark.parametrize(
+    ("speeds", "fastest"), [({1: 10.0, 2: 30.0, 4: 20.0}, 2), ({1: 10.0, 2: 5.0}, 1), ({1: 1.0, 2: 2.0, 4: 4.0}, 4)]
+)
+def test_both_sides_run_with_the_baselines_best_number_of_threads(spec, monkeypatch, speeds, fastest):
+    def decode(*args: object, **kwargs: object) -> SimpleNamespace:
+        # A KeyError here: a number that need not be tried.
+        return SimpleNamespace(output_tokens_per_s=speeds[torch.get_num_threads()])
 
-    speeds = {1: 10.0, 2: 30.0}
-    monkeypatch.setattr(stage, "decode", lambda *args, **kwargs: Fixed(speeds.get(torch.get_num_threads(), 20.0)))
+    monkeypatch.setattr(stage, "decode", decode)
     target = HFTarget(spec.target, device="cpu")
     workload = stage.Workload("s", [], stage.Sampling(8), SERVING[0], 2)
     with stage.torch_threads(4):
-        assert stage.fastest_num_threads(target, workload) == 2
+        assert stage.fastest_num_threads(target, workload) == fastest
         assert torch.get_num_threads() == 4
