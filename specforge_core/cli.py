@@ -111,7 +111,7 @@ def build(args: argparse.Namespace) -> int:
 
     def tidy(record: logging.LogRecord) -> bool:
         # The stage has printed its own traceback; Prefect's, through three layers of engine, would bury it.
-        if record.exc_info and isinstance(record.exc_info[1], StageError):
+        if record.exc_info and isinstance(record.exc_info[1], StageError | InterruptedError):
             record.exc_info = None
         # This build's own server has no pages.
         return not (is_own and record.getMessage().startswith("View at"))
