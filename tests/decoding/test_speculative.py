@@ -133,7 +133,7 @@ def test_a_drafter_is_told_every_kept_token_and_the_hidden_states_before_it(targ
         # Entry 0 is the embedding, so entry i + 1 is the output of layer i.
         true_aux_TLD = torch.stack([output.hidden_states[layer + 1][0] for layer in layers], dim=1)
         told = 0
-        for _, extension, aux_TLD in drafter.extensions:
+        for extension, aux_TLD in drafter.extensions:
             assert extension.start == told
             end = told + len(extension.token_ids)
             assert list(extension.token_ids) == reference.full[told + 1 : end + 1]
@@ -153,6 +153,13 @@ def test_a_sampled_answer_does_not_depend_on_its_batch(target, references, draft
     assert together == alone
     other_seed = answers(run(target, requests, sampling._replace(seed=6), batch_size=5, drafter=drafter))
     assert all(other_seed[id] != together[id] for id in together)
+
+
+def test_equal_prompts_with_different_ids_are_sampled_apart(target, references):
+    prompt = references[1].request.input_ids
+    requests = [GenerationRequest(id, prompt) for id in ("a", "b")]
+    sampled = answers(run(target, requests, Sampling(20, temperature=1.0), batch_size=2))
+    assert sampled["a"] != sampled["b"]
 
 
 def test_sampling_at_a_temperature_near_zero_is_greedy(target, references):
