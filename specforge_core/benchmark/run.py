@@ -4,19 +4,15 @@ An interrupted benchmark begins again: the figures of one result are of one sess
 """
 
 import contextlib
-import importlib.metadata
 import json
 import logging
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from specforge_core.artifacts import BenchmarkResult, Environment, write_atomically
+from specforge_core.artifacts import BenchmarkResult, write_atomically
 from specforge_core.benchmark.lossless import LosslessCheck
 from specforge_core.benchmark.measure import UNTIMED_BATCH_SIZE, Recorder, Subject, Workload, decode, measure
 from specforge_core.benchmark.suites import load_requests
@@ -24,7 +20,7 @@ from specforge_core.data.conversations import scan_columns
 from specforge_core.decoding.eagle3_drafter import load_eagle3_drafter
 from specforge_core.decoding.ngram import NgramDrafter, SupervisedTokens, learn_continuations
 from specforge_core.decoding.speculative import Generation
-from specforge_core.gpus import cpu_name
+from specforge_core.environment import environment
 from specforge_core.stages import BenchmarkSpec
 from specforge_core.targets import Sampling
 from specforge_core.targets.hf import HFTarget
@@ -34,7 +30,6 @@ logger = logging.getLogger(__name__)
 RESULT_NAME = "result.json"
 REQUESTS_NAME = "requests.jsonl"
 THREAD_PROBE_TOKENS = 24
-VERSIONS_OF = ("specbundle", "torch", "transformers")
 
 
 def main(spec: BenchmarkSpec, out: Path) -> BenchmarkResult:
@@ -78,7 +73,9 @@ def main(spec: BenchmarkSpec, out: Path) -> BenchmarkResult:
                 measurement.speedup_low,
                 measurement.speedup_high,
             )
-    result = BenchmarkResult(measurements=tuple(measurements), environment=environment(target.device, num_threads))
+    gpu = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else None
+    made_on = environment(num_threads=num_threads, gpu=gpu)
+    result = BenchmarkResult(measurements=tuple(measurements), environment=made_on)
     write_atomically(out / RESULT_NAME, result.model_dump_json(indent=1) + "\n")
     return result
 
@@ -149,30 +146,3 @@ def recording(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Record
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
         yield record
-
-
-def environment(device: torch.device, num_threads: int) -> Environment:
-    """What this process runs on."""
-    return Environment(
-        cpu=cpu_name(),
-        num_threads=num_threads,
-        gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        versions={name: importlib.metadata.version(name) for name in VERSIONS_OF},
-        commit=commit(),
-        command=shlex.join(["python", *sys.orig_argv[1:]]),
-    )
-
-
-def commit() -> str | None:
-    """The commit of this project, `-dirty` if files differ from it; None outside a checkout of it, or without git."""
-    source = Path(__file__)
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(source.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        # An installed copy may lie inside a checkout of something else.
-        git("ls-files", "--error-unmatch", source.name)
-        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    return None
