@@ -21,7 +21,7 @@ from specforge_core.benchmark.headline import headline
 from specforge_core.gpus import list_gpus
 from specforge_core.ledger import EntryRecord, last_artifact, load_entry_record
 from specforge_core.manifest import Manifest, ManifestEntry
-from specforge_core.plan import STEPS, make_recipe, plan_entry
+from specforge_core.plan import STEPS, make_recipe, plan_entry, plan_unbuilt
 from specforge_core.selection import missing_gpus, named_entries, select_entries
 from specforge_core.stages import USER_ERROR_STATUS, RegenerateSpec
 
@@ -142,12 +142,15 @@ def plan(args: argparse.Namespace) -> int:
         table = Table(show_header=False)
         try:
             recipe = make_recipe(entry, base_dir=manifest.base_dir, store=store.root, gpus=gpus)
+            stages = plan_entry(recipe, store)
         except (ValueError, ConnectionError) as error:
             table.add_row(Text("unknown", style="red"), Text(str(error)))
-            status = USER_ERROR_STATUS
-        else:
-            for stage, state, reason in plan_entry(recipe, store):
-                table.add_row(stage, Text(state, style=PLAN_STYLES[state]), Text(reason))
+            # Without the Hub nobody knows what an entry would read, but one without artifacts starts at the front.
+            is_offline = isinstance(error, ConnectionError)
+            stages = plan_unbuilt() if is_offline and not load_entry_record(store.root, entry.name).keys else []
+            status = status if is_offline else USER_ERROR_STATUS
+        for stage, state, reason in stages:
+            table.add_row(stage, Text(state, style=PLAN_STYLES[state]), Text(reason))
         _console().print(table)
     return status
 

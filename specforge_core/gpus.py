@@ -128,7 +128,8 @@ def lease_devices(
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no {num_devices} of {len(devices)} devices became free in {timeout_s:g} s")
             if not has_said_so:
-                logger.info("waiting for %d of %s", num_devices, ", ".join(devices))
+                names = ", ".join(devices)
+                logger.info("waiting for %d of %s: another build on this host computes there", num_devices, names)
                 has_said_so = True
             time.sleep(POLL_S)
         if turn:

@@ -318,6 +318,18 @@ class ManifestEntry(Config):
         return self
 
     @model_validator(mode="after")
+    def _every_gpu_trains(self) -> "ManifestEntry":
+        num_micro_batches = self.training.tokens_per_batch // self.training.tokens_per_micro_batch
+        if num_micro_batches < self.resources.num_gpus:
+            raise cross_field_error(
+                ("training", "tokens_per_batch"),
+                f"{self.training.tokens_per_batch} is {num_micro_batches} micro-batches of "
+                f"{self.training.tokens_per_micro_batch} tokens, too few for resources.num_gpus="
+                f"{self.resources.num_gpus}; raise it or lower training.tokens_per_micro_batch",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _suites_are_held_out(self) -> "ManifestEntry":
         for i, suite in enumerate(self.benchmark.suites):
             if any(_overlap(suite.source, source) for source in self.data.sources):

@@ -176,6 +176,16 @@ def plan_entry(recipe: Recipe, store: Store) -> list[StagePlan]:
     return plans
 
 
+def plan_unbuilt() -> list[StagePlan]:
+    """What a build of an entry that has no artifact yet would do, whatever its target and data are."""
+    return [
+        StagePlan(stage, "waits", f"waits for {', '.join(step.reads)}")
+        if step.reads
+        else StagePlan(stage, "stale", "never built")
+        for stage, step in STEPS.items()
+    ]
+
+
 def why_stale(spec: StageSpec, store: Store, *, entry_name: str) -> str:
     """What makes this spec's artifact differ from the newest one of the same entry and stage."""
     stage, key = spec.stage, spec.key()

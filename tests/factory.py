@@ -43,6 +43,13 @@ def tiny_entry(name: str = "tiny") -> dict[str, Any]:
     }
 
 
+def gpu_entry(name: str, num_gpus: int) -> dict[str, Any]:
+    """The tiny entry, for a host with GPUs; one micro-batch each."""
+    entry = tiny_entry(name)
+    training = entry["training"] | {"tokens_per_batch": 256 * num_gpus}
+    return entry | {"training": training, "resources": {"num_gpus": num_gpus}}
+
+
 def make_factory(directory: Path, *entries: dict[str, Any]) -> Path:
     """The manifest's path; without entries it holds the tiny one."""
     tiny.make_target(directory / "target")

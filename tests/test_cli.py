@@ -16,14 +16,14 @@ from specforge_core.artifacts import GateFailure, Rejected, Store
 from specforge_core.ledger import record_outcome
 from tests import made_build
 from tests.builds import recipe_of
-from tests.factory import make_factory, tiny_entry
+from tests.factory import gpu_entry, make_factory, tiny_entry
 from tests.test_plan import build_all
 
 
 @pytest.fixture
 def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a manifest, entered, and no GPU."""
-    make_factory(tmp_path, tiny_entry(), tiny_entry("big") | {"resources": {"num_gpus": 2}})
+    make_factory(tmp_path, tiny_entry(), gpu_entry("big", 2))
     monkeypatch.chdir(tmp_path)
     # A command sets what its environment lacks; here that must not outlive the test.
     monkeypatch.setattr(os, "environ", os.environ.copy() | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"})
@@ -91,7 +91,7 @@ def test_what_a_user_gets_wrong_is_one_message_and_status_2(
 
 
 def test_a_host_that_can_build_nothing_says_what_is_missing(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_factory(factory, tiny_entry("big") | {"resources": {"num_gpus": 2}})
+    make_factory(factory, gpu_entry("big", 2))
     assert cli.main(["build"]) == 2
     assert "none of the manifest's 1 entries can be built here: big needs 2 GPUs" in capsys.readouterr().err
 

@@ -154,6 +154,11 @@ def test_scalars_are_read_as_yaml_1_2_reads_them(tmp_path: Path) -> None:
             "gates.min_acceptance_length: 4.5 can never be reached: a step of the shortest chain in benchmark.serving "
             "emits at most 4 tokens",
         ),
+        (
+            "    resources: {num_gpus: 2}\n    training: {tokens_per_batch: 8192}",
+            18,
+            "training.tokens_per_batch: 8192 is 1 micro-batches of 8192 tokens, too few for resources.num_gpus=2",
+        ),
         ("    gates: {min_speedup: 4.5}", 17, "gates.min_speedup: 4.5 can never be reached: a step emits at most 4"),
         (
             "    gates: {min_speedup: 1.5}\n    benchmark: {serving: [{concurrency: 8}]}",

@@ -21,7 +21,7 @@ from specforge_core.ledger import load_entry_record, record_stage
 from tasks.stage import EntryBuild, run_stage, stage_task
 from tests import made_build
 from tests.builds import entry_build
-from tests.factory import make_factory, tiny_entry
+from tests.factory import gpu_entry, make_factory, tiny_entry
 from tests.flows.test_draft import FakeStages
 from tests.tasks.echo import EchoSpec
 
@@ -140,7 +140,7 @@ def test_an_entry_for_gpus_that_this_host_lacks_is_skipped_unless_it_is_asked_fo
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(draft, "stages", StagesByEntry(artifacts, tiny={}))
-    big = tiny_entry("big") | {"resources": {"num_gpus": 8}}
+    big = gpu_entry("big", 8)
     state = run_build(tmp_path, big, tiny_entry())
     assert state.is_completed()
     rows = {row.entry: row for row in summary_of(state).rows}
