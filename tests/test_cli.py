@@ -47,6 +47,24 @@ def test_plan_goes_on_after_an_entry_that_cannot_be_pinned(factory: Path, capsys
     assert "never built" in printed
 
 
+def test_plan_without_a_hub_still_shows_what_a_new_entry_would_do(
+    factory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("the Hub cannot be asked")
+
+    monkeypatch.setattr(cli, "make_recipe", unreachable)
+    assert cli.main(["plan", "--only", "tiny"]) == 0
+    printed = capsys.readouterr().out
+    assert "the Hub cannot be asked" in printed
+    assert "never built" in printed
+
+    # What an entry that has artifacts would do depends on what the Hub holds now.
+    build_all(Store(factory / ".specbundle"), recipe_of(made_build.entry(name="tiny")), factory / "made")
+    assert cli.main(["plan", "--only", "tiny"]) == 0
+    assert "regenerate" not in capsys.readouterr().out
+
+
 def test_list_shows_target_gpus_and_last_result(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store(factory / ".specbundle")
     build_all(store, recipe_of(made_build.entry(name="tiny")), factory / "made")

@@ -9,7 +9,7 @@ import pytest
 from specforge_core.artifacts import PROGRESS_DIRECTORY, SPEC_NAME, Artifact, Published, Store, seal
 from specforge_core.ledger import last_artifact, load_entry_record, record_outcome, record_stage
 from specforge_core.manifest import Eagle3Config, TrainingConfig
-from specforge_core.plan import STEPS, Recipe, StagePlan, plan_entry
+from specforge_core.plan import STEPS, Recipe, StagePlan, plan_entry, plan_unbuilt
 from tests import made_build
 from tests.builds import recipe_of
 
@@ -55,6 +55,10 @@ def test_before_the_first_build_all_wait_for_the_first_stage(store: Store) -> No
         "export": ("waits", "waits for train"),
         "benchmark": ("waits", "waits for export, regenerate"),
     }
+
+
+def test_an_entry_without_artifacts_is_planned_without_knowing_what_it_reads(store: Store) -> None:
+    assert plan_unbuilt() == plan_entry(recipe_of(made_build.entry()), store)
 
 
 def test_after_a_build_all_are_fresh_under_their_keys(store: Store, built: dict[str, Artifact[Any]]) -> None:

@@ -133,12 +133,15 @@ def timed_rounds(subject: Subject, workload: Workload) -> list[Round]:
 
 
 def deal(requests: Sequence[GenerationRequest], *, num_parts: int, min_size: int) -> list[Sequence[GenerationRequest]]:
-    """The requests in parts of one size, in order and together all of them.
+    """The requests in order, in parts of nearly one size, at least `min_size`.
 
-    Where there are too few to fill every part with `min_size`, they are gone through again, from the first one on.
+    Where there are too few for that, they are gone through again and again, and no part has a request twice.
     """
-    size = min(len(requests), max(min_size, -(-len(requests) // num_parts)))
-    return [[requests[(part * size + i) % len(requests)] for i in range(size)] for part in range(num_parts)]
+    count = len(requests)
+    if count >= num_parts * min_size:
+        return [requests[part * count // num_parts : (part + 1) * count // num_parts] for part in range(num_parts)]
+    size = min(count, min_size)
+    return [[requests[(part * size + i) % count] for i in range(size)] for part in range(num_parts)]
 
 
 def decode(

@@ -22,11 +22,12 @@ def dealt(count: int, **kwargs: int) -> list[str]:
 
 def test_prompts_are_dealt_once_over_the_repeats():
     assert dealt(6, num_parts=3, min_size=1) == ["01", "23", "45"]
+    assert dealt(5, num_parts=3, min_size=1) == ["0", "12", "34"]
 
 
-def test_parts_have_one_size_and_begin_again_where_prompts_run_out():
-    assert dealt(5, num_parts=3, min_size=1) == ["01", "23", "40"]
+def test_prompts_are_gone_through_again_where_there_are_too_few():
     assert dealt(4, num_parts=2, min_size=3) == ["012", "301"]
+    assert dealt(3, num_parts=4, min_size=1) == ["0", "1", "2", "0"]
     assert dealt(2, num_parts=3, min_size=8) == ["01", "01", "01"]
 
 
