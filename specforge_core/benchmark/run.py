@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from specforge_core.artifacts import BenchmarkResult, write_atomically
 from specforge_core.benchmark.lossless import LosslessCheck
-from specforge_core.benchmark.measure import UNTIMED_BATCH_SIZE, Recorder, Subject, Workload, decode, measure
+from specforge_core.benchmark.measure import UNTIMED_BATCH_SIZE, Recorder, Subject, Workload, measure
 from specforge_core.benchmark.suites import load_requests
 from specforge_core.data.conversations import scan_columns
 from specforge_core.decoding.eagle3_drafter import load_eagle3_drafter
 from specforge_core.decoding.ngram import NgramDrafter, SupervisedTokens, learn_continuations
 from specforge_core.decoding.speculative import Generation
+from specforge_core.decoding.threads import fastest_num_threads, torch_threads
 from specforge_core.environment import environment
 from specforge_core.stages import BenchmarkSpec
 from specforge_core.targets import Sampling
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 RESULT_NAME = "result.json"
 REQUESTS_NAME = "requests.jsonl"
-THREAD_PROBE_TOKENS = 24
 
 
 def main(spec: BenchmarkSpec, out: Path) -> BenchmarkResult:
@@ -57,7 +57,8 @@ def main(spec: BenchmarkSpec, out: Path) -> BenchmarkResult:
         for requests in [load_requests(suite, target, batch_size=UNTIMED_BATCH_SIZE)]
         for serving in spec.benchmark.serving
     ]
-    num_threads = fastest_num_threads(target, workloads[0])
+    first = workloads[0]
+    num_threads = fastest_num_threads(target, first.requests[: first.serving.concurrency])
     measurements = []
     with recording(out / REQUESTS_NAME, target.tokenizer) as record, torch_threads(num_threads):
         for workload in workloads:
@@ -85,43 +86,6 @@ def supervised_tokens(conversations: Path) -> Iterator[SupervisedTokens]:
     for batch in scan_columns(conversations, ["input_ids", "loss_mask"]):
         for row in batch.to_pylist():
             yield SupervisedTokens(row["input_ids"], row["loss_mask"])
-
-
-def fastest_num_threads(target: HFTarget, workload: Workload) -> int:
-    """The number of CPU threads at which the target decodes fastest without a draft; both sides then run with it.
-
-    One token at a time is little work, and threads that wait for each other may cost more than they bring. Doubles the
-    number as long as that is faster.
-    """
-    most = torch.get_num_threads()
-    if target.device.type != "cpu":
-        return most
-    probe = workload._replace(sampling=workload.sampling._replace(max_new_tokens=THREAD_PROBE_TOKENS))
-    requests = workload.requests[: workload.serving.concurrency]
-    speeds: dict[int, float] = {}
-    num_threads = 1
-    while num_threads <= most:
-        with torch_threads(num_threads):
-            # The better of two: the first one also wakes the threads up.
-            speeds[num_threads] = max(
-                decode(target, probe, requests, None, batch_size=len(requests)).output_tokens_per_s for _ in range(2)
-            )
-        if speeds[num_threads] < max(speeds.values()):
-            break
-        num_threads *= 2
-    logger.info("output tokens/s without draft by number of threads: %s", speeds)
-    return max(speeds, key=lambda num_threads: speeds[num_threads])
-
-
-@contextlib.contextmanager
-def torch_threads(num_threads: int) -> Iterator[None]:
-    """Compute with so many threads, and then with as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

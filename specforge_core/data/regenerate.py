@@ -34,6 +34,7 @@ JOURNAL_NAME = "journal.jsonl"
 METRICS_INTERVAL_S = 10.0
 MAX_REASONS_LOGGED = 10
 MAX_FAILURES_AHEAD = 32
+PROBE_PROMPT_TOKENS = 16
 """A backend that has failed so many more requests than it has answered is broken, not its requests."""
 
 
@@ -62,10 +63,14 @@ class Prompts(NamedTuple):
 def main(spec: RegenerateSpec, out: Path) -> Conversations:
     """The facts of the conversations written to `out`. Raises: as `regenerate`."""
     # `regenerate` works with any backend; this one is the most expensive to import.
+    from specforge_core.decoding.threads import fastest_num_threads, torch_threads
     from specforge_core.targets.hf import HFTarget
 
     target = HFTarget(spec.target, device=spec.device)
-    return regenerate(spec, target, target.tokenizer, out)
+    # As many rows as there will be; what they say does not matter.
+    probe = [GenerationRequest(str(row), [0] * PROBE_PROMPT_TOKENS) for row in range(spec.batch_size)]
+    with torch_threads(fastest_num_threads(target, probe)):
+        return regenerate(spec, target, target.tokenizer, out)
 
 
 def regenerate(

@@ -1,6 +1,5 @@
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,19 +96,3 @@ def test_a_draft_of_another_target_is_refused(spec, tiny_target, tmp_path):
     (other / "model.safetensors").write_bytes((spec.draft / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match="vocab_size=1000"):
         stage.main(spec.model_copy(update={"draft": other}), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("speeds", "fastest"), [({1: 10.0, 2: 30.0, 4: 20.0}, 2), ({1: 10.0, 2: 5.0}, 1), ({1: 1.0, 2: 2.0, 4: 4.0}, 4)]
-)
-def test_both_sides_run_with_the_baselines_best_number_of_threads(spec, monkeypatch, speeds, fastest):
-    def decode(*args: object, **kwargs: object) -> SimpleNamespace:
-        # A KeyError here: a number that need not be tried.
-        return SimpleNamespace(output_tokens_per_s=speeds[torch.get_num_threads()])
-
-    monkeypatch.setattr(stage, "decode", decode)
-    target = HFTarget(spec.target, device="cpu")
-    workload = stage.Workload("s", [], stage.Sampling(8), SERVING[0], 2)
-    with stage.torch_threads(4):
-        assert stage.fastest_num_threads(target, workload) == fastest
-        assert torch.get_num_threads() == 4
