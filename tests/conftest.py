@@ -1,13 +1,8 @@
 """Fixtures that several parts share."""
 
-import os
 from pathlib import Path
 
 import pytest
-
-# As stages do, and before anything imports torch: spinning threads starve each other on a busy machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import torch
 
 from specforge_core.stages import ResolvedTarget
