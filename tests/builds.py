@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from specforge_core.manifest import ManifestEntry, ResourcesConfig
+from specforge_core.manifest import ManifestEntry, ResourcesConfig, TrainingConfig
 from specforge_core.plan import Recipe
 from specforge_core.stages import ResolvedBenchmark, ResolvedData
 from tasks.stage import EntryBuild
@@ -37,6 +37,10 @@ def entry_build(
     **changes: Any,
 ) -> EntryBuild:
     """A build of the made-up entry, without tracking unless it is given."""
-    entry = made_build.entry(resources=ResourcesConfig(num_gpus=num_gpus), **changes)
+    entry = made_build.entry(
+        resources=ResourcesConfig(num_gpus=num_gpus),
+        training=TrainingConfig(tokens_per_batch=8192 * max(1, num_gpus)),
+        **changes,
+    )
     tracking = tracking or TrackedRun(uri="none")
     return EntryBuild(recipe=recipe_of(entry), store=store, gpus=gpus, publish=publish, tracking=tracking)

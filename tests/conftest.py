@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from specforge_core.process import ending
 from specforge_core.stages import ResolvedTarget
 from tests import tiny
 
@@ -23,3 +24,9 @@ def tiny_target(tiny_target_dir: Path) -> ResolvedTarget:
 def _one_thread() -> None:
     # Tensors this small only pay for threads, and a busy machine makes them wait for each other.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_ending() -> None:
+    # An interrupted flow leaves it set until the next flow begins, which is the end of its process in real life.
+    ending.clear()
