@@ -46,6 +46,7 @@ def test_a_padded_call_leaves_no_padding_behind(tokenizer: PreTrainedTokenizerBa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_smoke_run_leaves_a_folder_that_loads(tmp_path: Path):
     out = tmp_path / "target"
     command = [sys.executable, "-m", "specforge_core.demo.train_target", "--smoke", "--device", "cpu"]
