@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, cast, get_args
 
 from specforge_core.digests import digest
-from specforge_core.manifest import PromptSource
+from specforge_core.manifest import BUILTIN_DEMO, PromptSource
 
 logger = logging.getLogger(__name__)
 
-DEMO_DATASET = "builtin:demo"
 DEMO_SEED = 1
 """The demo target is trained on another stream of the same corpus."""
 
@@ -93,7 +92,7 @@ def load_prompts(source: PromptSource) -> Iterator[Prompt]:
 def read_rows(source: PromptSource) -> Iterator[Prompt | UnusableRow]:
     """One prompt, or the reason why there is none, for each row of the source. Raises: as `load_prompts`."""
     name = source_name(source)
-    rows = _demo_rows(source) if source.dataset == DEMO_DATASET else _dataset_rows(source)
+    rows = _demo_rows(source) if source.dataset == BUILTIN_DEMO else _dataset_rows(source)
     for position, row in enumerate(rows):
         try:
             messages = asked_messages(row.prompt)
@@ -105,7 +104,7 @@ def read_rows(source: PromptSource) -> Iterator[Prompt | UnusableRow]:
 
 def source_name(source: PromptSource) -> str:
     """The source in words, without the folder that a local file happens to lie in."""
-    is_local = source.dataset != DEMO_DATASET and Path(source.dataset).exists()
+    is_local = source.dataset != BUILTIN_DEMO and Path(source.dataset).exists()
     dataset = Path(source.dataset).name if is_local else source.dataset
     return "/".join(part for part in (dataset, source.config, source.split) if part)
 
@@ -167,9 +166,9 @@ def _demo_rows(source: PromptSource) -> Iterator[_Row]:
     from specforge_core.demo import corpus
 
     if source.split not in get_args(corpus.Split):
-        raise ValueError(f"{DEMO_DATASET} has the splits {', '.join(get_args(corpus.Split))}, not {source.split!r}")
+        raise ValueError(f"{BUILTIN_DEMO} has the splits {', '.join(get_args(corpus.Split))}, not {source.split!r}")
     if source.limit is None:
-        raise ValueError(f"{DEMO_DATASET} is endless: give its source a `limit`")
+        raise ValueError(f"{BUILTIN_DEMO} is endless: give its source a `limit`")
     conversations = corpus.generate(cast(corpus.Split, source.split), seed=DEMO_SEED, family=source.config)
     for conversation in islice(conversations, source.limit):
         yield _Row(conversation.messages, conversation.final_answer)
