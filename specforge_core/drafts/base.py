@@ -1,6 +1,6 @@
 """What a draft algorithm is to the trainer: a batch in, additive sums out.
 
-T tokens of a packed batch, L captured layers, D target width, V target vocabulary, K draft positions.
+T tokens of a packed batch, L captured layers, D target width, V target vocabulary, K draft positions, U teaching tokens.
 """
 
 from abc import ABC, abstractmethod
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from specforge_core.drafts.rows import RowIndex
 from specforge_core.manifest import DraftConfig
 
 
@@ -25,12 +26,16 @@ class DraftBatch(NamedTuple):
     """int32, ascending; -1 in padding at the end, if there is any."""
     aux_hidden_TLD: Tensor
     """Outputs of the captured target layers, in capture order."""
-    last_hidden_TD: Tensor
+    teaching_U: Tensor
+    """int64, ascending: the tokens that teach, which are those before a token that the target produced."""
+    last_hidden_UD: Tensor
     """After the target's final norm: the target head times this is the target's logits."""
-    target_argmax_T: Tensor
+    target_argmax_U: Tensor
     """int64, the target's own greedy next token."""
-    target_logsumexp_T: Tensor
+    target_logsumexp_U: Tensor
     """float32, of the target's logits over its full vocabulary."""
+    rows: RowIndex | None = None
+    """What `DraftModel.prepare` adds."""
 
 
 class DraftLoss(NamedTuple):
@@ -95,8 +100,16 @@ class DraftModel(nn.Module, ABC):
         """
 
     @abstractmethod
+    def prepare(self, batch: DraftBatch) -> DraftBatch:
+        """The same batch, still on the CPU, with the row index that the methods below want; a loader's thread runs it."""
+
+    @abstractmethod
     def forward(self, batch: DraftBatch) -> DraftLoss:
-        """The training loss of one packed batch, as sums."""
+        """The loss of one prepared batch, as sums, without gradient."""
+
+    @abstractmethod
+    def accumulate_gradients(self, batch: DraftBatch) -> DraftLoss:
+        """The same, after adding the gradient of `loss_sum` to the parameters' `.grad`, in place where there is one."""
 
     @abstractmethod
     def greedy_chains(self, batch: DraftBatch, num_tokens: int) -> Tensor:
