@@ -5,20 +5,26 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Literal
 
+import torch
 import triton
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-_references_wanted: ContextVar[bool] = ContextVar("references_wanted", default=False)
+_forced: ContextVar[Literal["references", "interpreter"] | None] = ContextVar("forced", default=None)
 
 
 def uses_triton(kernel: str, tensor: Tensor) -> bool:
-    """Whether `kernel` runs in Triton on this tensor; the first time that it cannot, the log says so."""
-    if _references_wanted.get():
+    """Whether `kernel` runs in Triton on this tensor; the first time that it cannot, the log says so.
+
+    Ask in the forward pass and keep the answer for the backward pass, which runs in a thread of autograd's.
+    """
+    # The kernels compute in float32: who asks in float64 wants more than that.
+    if _forced.get() == "references" or tensor.dtype == torch.float64:
         return False
-    if tensor.is_cuda or triton.knobs.runtime.interpret:
+    if tensor.is_cuda or _forced.get() == "interpreter":
         return True
     _say_fallback(kernel, tensor.device.type)
     return False
@@ -27,11 +33,29 @@ def uses_triton(kernel: str, tensor: Tensor) -> bool:
 @contextlib.contextmanager
 def references() -> Iterator[None]:
     """Inside, every kernel is its plain PyTorch reference, also on a GPU."""
-    token = _references_wanted.set(True)
+    with _force("references"):
+        yield
+
+
+@contextlib.contextmanager
+def interpreter() -> Iterator[None]:
+    """Inside, every kernel runs in Triton's interpreter, on tensors of the CPU.
+
+    Raises: RuntimeError if the kernels were not made for it: Triton decides that when they are imported.
+    """
+    if not triton.knobs.runtime.interpret:
+        raise RuntimeError("kernels are compiled in this process; set TRITON_INTERPRET=1 before triton is imported")
+    with _force("interpreter"):
+        yield
+
+
+@contextlib.contextmanager
+def _force(implementation: Literal["references", "interpreter"]) -> Iterator[None]:
+    token = _forced.set(implementation)
     try:
         yield
     finally:
-        _references_wanted.reset(token)
+        _forced.reset(token)
 
 
 @functools.cache

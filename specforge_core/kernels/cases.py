@@ -1,0 +1,149 @@
+"""The cases on which a kernel is tested and timed, and what "correct" means for both."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from specforge_core.kernels import dispatch
+
+Inputs = dict[str, Any]
+"""Arguments by name; trees of tensors are allowed. A tensor that requires a gradient is an argument of its own, and if
+its gradient is accumulated in place, the accumulator is the argument named `<name>_grad`, zero at first."""
+
+CASE_FILES: tuple[str, ...] = ()
+"""What follows `cases_` in the names of the modules that define cases."""
+
+FORWARD_FACTOR = 2.0
+"""Times the error of eager PyTorch that a forward pass may be off."""
+BACKWARD_FACTOR = 3.0
+
+
+class Work(NamedTuple):
+    """What the forward and the backward pass must at least do: bytes moved to and from memory, or FLOPs."""
+
+    forward: int
+    backward: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on inputs of one shape."""
+
+    name: str
+    """Kernel and shape, unique among all cases."""
+    make_inputs: Callable[[torch.device, torch.dtype], Inputs]
+    """The same numbers at every call; `dtype` is that of activations."""
+    op: Callable[..., Any]
+    reference: Callable[..., Any]
+    """Plain PyTorch, differentiable; takes the same arguments as `op`, and ignores accumulators."""
+    shapes: dict[str, int]
+    """Sizes by name, for the report."""
+    bytes: Work
+    flops: Work
+
+
+def all_cases() -> tuple[Case, ...]:
+    """The cases that are timed on a GPU, of every kernel."""
+    modules = (importlib.import_module(f"specforge_core.kernels.cases_{name}") for name in CASE_FILES)
+    return tuple(case for module in modules for case in module.cases())
+
+
+class Result(NamedTuple):
+    """What one run of a case gave, in one dtype."""
+
+    outputs: tuple[Tensor, ...]
+    gradients: dict[str, Tensor]
+    """By the name of the input."""
+
+
+def run(function: Callable[..., Any], inputs: Inputs) -> Result:
+    """Outputs and gradients of one run: the gradients of the outputs are the same random numbers at every call."""
+    leaves = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.requires_grad}
+    outputs = as_tuple(function(**inputs))
+    differentiable = [output for output in outputs if output.requires_grad]
+    if differentiable:
+        torch.autograd.backward(differentiable, gradients_of(differentiable))
+    gradients = {}
+    for name, leaf in leaves.items():
+        gradient = leaf.grad if leaf.grad is not None else inputs.get(f"{name}_grad")
+        assert gradient is not None, f"no gradient arrived at {name}"
+        gradients[name] = gradient
+    return Result(tuple(output.detach() for output in outputs), gradients)
+
+
+def gradients_of(outputs: list[Tensor]) -> list[Tensor]:
+    """Gradients to start a backward pass with: one random number per element, rounded to bfloat16."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(output.shape, generator=generator).to(torch.bfloat16).to(output.device, output.dtype)
+        for output in outputs
+    ]
+
+
+def check(case: Case, device: torch.device, dtype: torch.dtype) -> None:
+    """Nothing, if `case.op` is right in this dtype: outputs and gradients within the error budget, inputs unchanged.
+
+    Raises: AssertionError that names the output or gradient, its error and the budget.
+    """
+    exact = run(case.reference, in_float64(case.make_inputs(device, dtype)))
+    with dispatch.references():
+        eager = run(case.reference, case.make_inputs(device, dtype))
+    inputs, fresh = case.make_inputs(device, dtype), case.make_inputs(device, dtype)
+    actual = run(case.op, inputs)
+    assert len(actual.outputs) == len(exact.outputs), f"{case.name}: {len(actual.outputs)} outputs"
+    for i, outputs in enumerate(zip(actual.outputs, exact.outputs, eager.outputs, strict=True)):
+        assert_within_error_budget(*outputs, what=f"{case.name}: output {i}", factor=FORWARD_FACTOR)
+    for name, gradient in actual.gradients.items():
+        triple = gradient, exact.gradients[name], eager.gradients[name]
+        assert_within_error_budget(*triple, what=f"{case.name}: gradient of {name}", factor=BACKWARD_FACTOR)
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and not name.endswith("_grad"):
+            assert torch.equal(value, fresh[name]), f"{case.name}: the input {name} was changed"
+
+
+def assert_within_error_budget(
+    actual: Tensor, exact: Tensor, eager: Tensor, *, what: str, factor: float, floor_ulps: float = 2.0
+) -> None:
+    """Nothing, if `actual` is about as close to the float64 result as eager PyTorch in the same dtype is.
+
+    Both the largest and the root mean square error may be at most `factor` times eager's, plus `floor_ulps` roundings
+    (the eps of `actual`'s dtype) of the largest and the root mean square value, for where eager happens to be exact.
+    Integers must be equal. Raises: AssertionError with error and budget.
+    """
+    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
+    if not exact.is_floating_point():
+        assert torch.equal(actual, exact), f"{what}: {int((actual != exact).sum())} values differ"
+        return
+    assert torch.isfinite(actual).all(), f"{what}: {int((~torch.isfinite(actual)).sum())} values are not finite"
+    rounding = torch.finfo(actual.dtype).eps
+    for name, norm in (("largest", _largest), ("root mean square", _root_mean_square)):
+        error = norm(actual.double() - exact)
+        budget = factor * norm(eager.double() - exact) + floor_ulps * rounding * norm(exact)
+        assert error <= budget, f"{what}: {name} error {error:.3e} is over its budget {budget:.3e}"
+
+
+def in_float64(inputs: Inputs) -> Inputs:
+    """The same numbers in float64, as new leaves."""
+
+    def widen(x: Tensor) -> Tensor:
+        return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+
+    return tree_map_only(Tensor, widen, inputs)
+
+
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    """The tensors that a kernel returned, one or many."""
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def _root_mean_square(x: Tensor) -> float:
+    return x.square().mean().sqrt().item() if x.numel() else 0.0
