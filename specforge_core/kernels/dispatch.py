@@ -30,6 +30,14 @@ def uses_triton(kernel: str, tensor: Tensor) -> bool:
     return False
 
 
+def num_programs(device: torch.device, per_processor: int) -> int:
+    """How many programs fill a device whose multiprocessors run `per_processor` at a time each."""
+    if device.type != "cuda":
+        # The interpreter runs one after the other; two show whether they share the work rightly.
+        return 2
+    return per_processor * torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @contextlib.contextmanager
 def references() -> Iterator[None]:
     """Inside, every kernel is its plain PyTorch reference, also on a GPU."""
