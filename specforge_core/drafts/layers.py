@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from specforge_core.kernels.precision import at_least_float32
+from specforge_core.kernels.rms_norm import rms_norm
+
 # The other types change the frequencies with the length of the sequence, so training and serving could not agree.
 FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 
@@ -23,16 +26,6 @@ class QKV(NamedTuple):
     query_TNC: Tensor
     key_TMC: Tensor
     value_TMC: Tensor
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 if it is that already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32, in the dtype of `x`."""
-    return F.rms_norm(at_least_float32(x_TD), weight_D.shape, at_least_float32(weight_D), eps).to(x_TD.dtype)
 
 
 def apply_rope(x_TNC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
