@@ -1,6 +1,7 @@
 """What a draft algorithm is to the trainer: a batch in, additive sums out.
 
-T tokens of a packed batch, L captured layers, D target width, V target vocabulary, K draft positions, U teaching tokens.
+T tokens of a packed batch, U teaching tokens of it, L captured layers, D target width, V target vocabulary, K draft
+positions.
 """
 
 from abc import ABC, abstractmethod
@@ -77,6 +78,8 @@ class DraftModel(nn.Module, ABC):
 
     num_positions: int
     """Draft positions that the loss is about, K."""
+    compute_dtype: torch.dtype | None = None
+    """What losses and gradients are computed in, their sums aside; None for the dtype of the parameters."""
 
     @classmethod
     @abstractmethod
@@ -101,7 +104,7 @@ class DraftModel(nn.Module, ABC):
 
     @abstractmethod
     def prepare(self, batch: DraftBatch) -> DraftBatch:
-        """The same batch, still on the CPU, with the row index that the methods below want; a loader's thread runs it."""
+        """The same batch with the row index that the methods below want; a loader's thread runs it, on the CPU."""
 
     @abstractmethod
     def forward(self, batch: DraftBatch) -> DraftLoss:

@@ -1,20 +1,22 @@
 """The EAGLE-3 draft (arXiv 2503.01840) and its training-time test; EAGLE-3.1 with `fc_norm` and `norm_output`.
 
-T tokens of a packed batch, L = 3 captured layers, D width of draft and target, N query heads, M KV heads, C head width,
-V target vocabulary, W draft vocabulary, S steps of training-time test, R supervised slots.
+T tokens of a packed batch, L = 3 captured layers, D width of draft and target, V target vocabulary, W draft vocabulary,
+S steps of training-time test, R rows that are computed.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from specforge_core.drafts.base import DraftBatch, DraftLoss, DraftModel, TargetHead
 from specforge_core.drafts.eagle3_config import ARCHITECTURE, llama_config, make_serving_config
-from specforge_core.drafts.layers import Eagle3Layer, RMSNorm, at_least_float32
+from specforge_core.drafts.layers import Eagle3Layer, RMSNorm
+from specforge_core.drafts.rows import RowIndex, index_rows
+from specforge_core.drafts.training_time_test import layer_outputs, training_time_test
 from specforge_core.manifest import Eagle3Config
 
 NUM_AUX_LAYERS = 3
@@ -23,26 +25,22 @@ NUM_AUX_LAYERS = 3
 INIT_STD = 0.02
 
 
-class Teacher(NamedTuple):
-    """What supervised slot r is taught at step 0; at step i it is taught what slot r + i is taught at step 0."""
+class LayerShape(NamedTuple):
+    """What a draft's layer is computed with, besides its weights."""
 
-    probability_RW: Tensor
-    """The target's distribution, renormalised over the draft vocabulary."""
-    kept_mass_R: Tensor
-    """The target's probability of the draft vocabulary: probability * kept_mass is the target's own."""
-    argmax_R: Tensor
-    """int64, target vocabulary."""
-    is_kept_R: Tensor
-    """bool, whether `argmax` is in the draft vocabulary."""
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    eps: float
 
 
-class StepLoss(NamedTuple):
-    """Sums over the active rows of one step."""
-
-    loss_sum: Tensor
-    correct: Tensor
-    accepted: Tensor
-    valid: Tensor
+MAX_ROWS_PER_PASS = 4096
+"""Large enough for matrix products at full speed."""
+MAX_TEACHER_BYTES = 2**30
+"""For the teacher's logits of a pass, in float32."""
+ROW_BUCKET = 128
+"""Numbers of rows on a GPU are multiples of it, the height of a matrix product's tile."""
+GREEDY_ROWS = 4096
 
 
 class Eagle3Draft(DraftModel):
@@ -54,6 +52,8 @@ class Eagle3Draft(DraftModel):
 
     teacher_head: Tensor | None
     """[W, D], the target head's rows of the draft vocabulary; None in a draft that is only decoded with."""
+    target_to_draft: Tensor | None
+    """int64 [V], the draft's id of a target token, or -1; None like `teacher_head`."""
 
     def __init__(self, serving_config: dict[str, Any], embedding_VD: Tensor) -> None:
         """An untrained draft without vocabulary or teacher: use `create` or `from_serving`."""
@@ -71,8 +71,12 @@ class Eagle3Draft(DraftModel):
                 f"target_hidden_size={target_width} with hidden_size={width}: other widths are unsupported"
             )
         self._serving_config = copy.deepcopy(serving_config)
+        self.shape = LayerShape(
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.rms_norm_eps
+        )
         self.norm_output: bool = serving_config["norm_output"]
         self.fc = nn.Linear(NUM_AUX_LAYERS * width, width, bias=False)
+        self.fc_norm: nn.ModuleList | None = None
         if serving_config["fc_norm"]:
             self.fc_norm = nn.ModuleList(RMSNorm(width, config.rms_norm_eps) for _ in range(NUM_AUX_LAYERS))
         self.midlayer = Eagle3Layer(config)
@@ -82,6 +86,7 @@ class Eagle3Draft(DraftModel):
         self.t2d = nn.Buffer(torch.zeros(serving_config["vocab_size"], dtype=torch.bool))
         self.embed_tokens = nn.Buffer(embedding_VD.detach(), persistent=False)
         self.register_buffer("teacher_head", None, persistent=False)
+        self.register_buffer("target_to_draft", None, persistent=False)
         self.num_positions = 0
         self.step_loss_decay = 1.0
 
@@ -125,6 +130,7 @@ class Eagle3Draft(DraftModel):
             draft.d2t.copy_(draft_token_ids - torch.arange(len(draft_token_ids)))
             draft.t2d[draft_token_ids] = True
         draft.teacher_head = kept_head_WD.clone()
+        draft.target_to_draft = torch.where(draft.t2d, draft.t2d.cumsum(0) - 1, -1)
         draft.num_positions, draft.step_loss_decay = config.num_steps, config.step_loss_decay
         return draft
 
@@ -166,7 +172,7 @@ class Eagle3Draft(DraftModel):
     def fuse(self, aux_hidden_TLD: Tensor) -> Tensor:
         """The first hidden state [..., D], from the target's captured layers [..., L, D]."""
         aux_hidden_TLD = aux_hidden_TLD.to(self.fc.weight.dtype)
-        if self._serving_config["fc_norm"]:
+        if self.fc_norm is not None:
             layers = zip(self.fc_norm, aux_hidden_TLD.unbind(-2), strict=True)
             aux_hidden_TLD = torch.stack([norm(hidden_TD) for norm, hidden_TD in layers], dim=-2)
         return self.fc(aux_hidden_TLD.flatten(-2))
@@ -182,6 +188,11 @@ class Eagle3Draft(DraftModel):
     def draft_to_target(self, draft_ids: Tensor) -> Tensor:
         """Target token ids of draft vocabulary ids."""
         return draft_ids + self.d2t[draft_ids]
+
+    def prepare(self, batch: DraftBatch) -> DraftBatch:
+        if self.teacher_head is None:
+            raise ValueError("this draft was loaded to decode: only one made by `create` has a teacher")
+        return batch._replace(rows=self._index_rows(batch, self.num_positions))
 
     def forward(self, batch: DraftBatch) -> DraftLoss:
         """The loss of S steps of training-time test, as sums over supervised slots.
@@ -207,123 +218,42 @@ class Eagle3Draft(DraftModel):
         the draft vocabulary; `num_tokens` = slots active at step 0. A row whose teacher's favourite is outside the
         draft vocabulary has no loss and counts as a miss.
         """
-        active_ST = active_slots(batch, self.num_positions)
-        slots_R = active_ST[0].nonzero().squeeze(1)
-        teacher = self._teacher(batch, slots_R + 1)
-        steps = []
-        for step, hidden_TD in enumerate(self._layer_outputs(batch, self.num_positions)):
-            rows = active_ST[step][slots_R].nonzero().squeeze(1)
-            taught = Teacher(*(part[rows + step] for part in teacher))
-            steps.append(self._step_loss(hidden_TD[slots_R[rows]], taught))
-        total = StepLoss(*(torch.stack(sums) for sums in zip(*steps, strict=True)))
-        weight_S = self.step_loss_decay ** torch.arange(self.num_positions).to(total.loss_sum)
-        return DraftLoss(
-            loss_sum=(weight_S * total.loss_sum).sum(),
-            num_tokens=total.valid[0],
-            correct_K=total.correct,
-            accepted_K=total.accepted,
-            valid_K=total.valid,
-        )
+        with torch.no_grad():
+            return training_time_test(self, batch)
+
+    def accumulate_gradients(self, batch: DraftBatch) -> DraftLoss:
+        with torch.enable_grad():
+            return training_time_test(self, batch)
 
     @torch.no_grad()
     def greedy_chains(self, batch: DraftBatch, num_tokens: int) -> Tensor:
-        hidden = self._layer_outputs(batch, num_tokens)
-        return torch.stack([self.draft_to_target(self.logits(hidden_TD).argmax(-1)) for hidden_TD in hidden])
+        batch = batch._replace(rows=self._index_rows(batch, num_tokens))
+        chain_KT = batch.input_ids_T.new_full((num_tokens, len(batch.input_ids_T)), -1)
+        for rows, outputs in layer_outputs(self, batch):
+            for drafted_T, output_RD in zip(chain_KT, outputs, strict=False):
+                drafted_T[rows.slot_R[: len(output_RD)]] = self.draft_to_target(self._greedy(output_RD))
+        return chain_KT
 
-    def _layer_outputs(self, batch: DraftBatch, num_steps: int) -> Iterator[Tensor]:
-        """The layer's output [T, D] at each step, the data's tokens going in."""
-        lengths = document_lengths(batch.document_ids_T)
-        embedding_TD = self.embed(batch.input_ids_T)
-        hidden_TD = self.fuse(batch.aux_hidden_TLD)
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        for step in range(num_steps):
-            # The rows that wrap around are slots at a document's end, which nothing active reads.
-            next_embedding_TD = embedding_TD.roll(-1 - step, dims=0)
-            qkv = self.midlayer.project_qkv(next_embedding_TD, hidden_TD, batch.position_ids_T + step)
-            keys.append(qkv.key_TMC)
-            values.append(qkv.value_TMC)
-            output_TD = self.midlayer.finish(hidden_TD, attend(qkv.query_TNC, keys, values, lengths))
-            yield output_TD
-            hidden_TD = self.recurrent(output_TD)
+    def _greedy(self, head_input_RD: Tensor) -> Tensor:
+        """The favourite draft token of each row; the logits of all rows never exist at once."""
+        head_WD = self.lm_head.weight.to(head_input_RD.dtype)
+        return torch.cat([(chunk @ head_WD.T).argmax(-1) for chunk in head_input_RD.split(GREEDY_ROWS)])
 
-    @torch.no_grad()
-    def _teacher(self, batch: DraftBatch, token_index_R: Tensor) -> Teacher:
-        if self.teacher_head is None:
-            raise ValueError("this draft was loaded to decode: only one made by `create` has a teacher")
-        # As capture computed argmax and log-sum-exp: rounded logits would give the kept tokens more than all of them.
-        with torch.autocast(self.teacher_head.device.type, enabled=False):
-            last_hidden_RD = at_least_float32(batch.last_hidden_TD[token_index_R])
-            logits_RW = F.linear(last_hidden_RD, at_least_float32(self.teacher_head))
-        argmax_R = batch.target_argmax_T[token_index_R].long()
-        return Teacher(
-            probability_RW=logits_RW.softmax(-1),
-            kept_mass_R=(logits_RW.logsumexp(-1) - batch.target_logsumexp_T[token_index_R]).exp(),
-            argmax_R=argmax_R,
-            is_kept_R=self.t2d[argmax_R],
+    def _index_rows(self, batch: DraftBatch, num_steps: int) -> RowIndex:
+        device = batch.input_ids_T.device
+        index = index_rows(
+            batch.loss_mask_T.cpu(),
+            batch.document_ids_T.cpu(),
+            batch.teaching_U.cpu(),
+            num_steps=num_steps,
+            rows_per_pass=rows_per_pass(len(self.d2t)),
+            bucket=ROW_BUCKET if self.fc.weight.is_cuda else 1,
         )
-
-    def _step_loss(self, hidden_RD: Tensor, teacher: Teacher) -> StepLoss:
-        logits_RW = at_least_float32(self.logits(hidden_RD))
-        loss_R = F.cross_entropy(logits_RW, teacher.probability_RW, reduction="none") * teacher.is_kept_R
-        with torch.no_grad():
-            target_RW = teacher.probability_RW * teacher.kept_mass_R.unsqueeze(1)
-            accepted_R = torch.minimum(logits_RW.softmax(-1), target_RW).sum(-1) * teacher.is_kept_R
-            is_correct_R = self.draft_to_target(logits_RW.argmax(-1)) == teacher.argmax_R
-        return StepLoss(
-            loss_sum=loss_R.sum(),
-            correct=is_correct_R.sum().to(loss_R.dtype),
-            accepted=accepted_R.sum(),
-            valid=torch.ones_like(loss_R).sum(),
-        )
+        return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, index)
 
 
-def active_slots(batch: DraftBatch, num_steps: int) -> Tensor:
-    """bool [S, T]: whether slot t at step i is supervised. Step i + 1 is within step i."""
-
-    def later(x_T: Tensor, shift: int, fill: int) -> Tensor:
-        return F.pad(x_T, (0, shift), value=fill)[shift:]
-
-    def is_answer(shift: int) -> Tensor:
-        in_document_T = later(batch.document_ids_T, shift, -1) == batch.document_ids_T
-        return later(batch.loss_mask_T, shift, 0) & in_document_T & (batch.document_ids_T >= 0)
-
-    steps = [is_answer(1) & is_answer(2)]
-    for step in range(1, num_steps):
-        steps.append(steps[-1] & is_answer(2 + step))
-    return torch.stack(steps)
-
-
-def document_lengths(document_ids_T: Tensor) -> list[int]:
-    """Lengths of the documents in their order; padding at the end counts as one more."""
-    _, counts = document_ids_T.unique_consecutive(return_counts=True)
-    return counts.tolist()
-
-
-def attend(query_TNC: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
-    """The attention's output of the latest step, [T, N C].
-
-    Slot t reads the step-0 keys of slots up to t in its document, and of the later steps its own keys alone.
-
-    Args: keys, values: [T, M, C] of every step so far, the first one first; lengths: of the documents, adding up to T.
-    """
-    num_kv_heads = keys[0].shape[1]
-    # M KV heads x G query heads for each; queries are scaled once, before they meet either kind of key.
-    query_TMGC = query_TNC.unflatten(1, (num_kv_heads, -1)) * query_TNC.shape[-1] ** -0.5
-    own_logits = [(query_TMGC * key_TMC.unsqueeze(2)).sum(-1) for key_TMC in keys[1:]]
-    own_logits_TMGJ = torch.stack(own_logits, dim=-1) if own_logits else query_TMGC[..., :0]
-    is_future = torch.ones(max(lengths), max(lengths), dtype=torch.bool, device=query_TNC.device).triu(1)
-    attended = []
-    own_weights = []
-    parts = (x.split(lengths) for x in (query_TMGC, keys[0], values[0], own_logits_TMGJ))
-    for query, key, value, own in zip(*parts, strict=True):
-        n = len(query)
-        logits_MGTU = torch.einsum("tmgc,umc->mgtu", query, key).masked_fill(is_future[:n, :n], -torch.inf)
-        weight = at_least_float32(torch.cat((logits_MGTU, own.permute(1, 2, 0, 3)), dim=-1)).softmax(-1).to(value.dtype)
-        attended.append(torch.einsum("mgtu,umc->tmgc", weight[..., :n], value))
-        own_weights.append(weight[..., n:].permute(2, 0, 1, 3))
-    attended_TMGC = torch.cat(attended)
-    own_weight_TMGJ = torch.cat(own_weights)
-    for j, value_TMC in enumerate(values[1:]):
-        attended_TMGC = attended_TMGC + own_weight_TMGJ[..., j, None] * value_TMC.unsqueeze(2)
-    return attended_TMGC.flatten(1)
+def rows_per_pass(draft_vocab_size: int) -> int:
+    """How many rows go through all steps together: as many as are fast, fewer if their logits would be too large."""
+    return min(
+        MAX_ROWS_PER_PASS, max(ROW_BUCKET, MAX_TEACHER_BYTES // (4 * draft_vocab_size) // ROW_BUCKET * ROW_BUCKET)
+    )

@@ -11,6 +11,7 @@ T tokens of a packed batch, U teaching tokens of it, R rows of a pass, S steps.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specforge_core.kernels.ttt_attention import AttentionPlan, plan_attention
@@ -45,8 +46,6 @@ class RowIndex(NamedTuple):
     """All supervised slots of a packed batch."""
 
     passes: tuple[Pass, ...]
-    next_T: Tensor
-    """int64, t + 1: the token that slot t consumes at step 0; the last slot, which nothing reads, repeats its own."""
     num_positions: int
     """More than any RoPE position that occurs."""
 
@@ -68,7 +67,7 @@ def slot_depths(loss_mask_T: Tensor, document_ids_T: Tensor, num_steps: int) -> 
     num_following_T = torch.zeros_like(loss_mask_T, dtype=torch.int64)
     is_unbroken_T = torch.ones_like(loss_mask_T)
     for ahead in range(min(num_steps + 1, len(loss_mask_T))):
-        is_unbroken_T = is_unbroken_T & torch.nn.functional.pad(teaches_T, (0, ahead))[ahead:]
+        is_unbroken_T = is_unbroken_T & F.pad(teaches_T, (0, ahead))[ahead:]
         num_following_T += is_unbroken_T
     return (num_following_T - 1).clamp(min=0)
 
@@ -94,13 +93,15 @@ def index_rows(
     depth_T = slot_depths(loss_mask_T, document_ids_T, num_steps)
     teacher_of_T = torch.zeros(num_tokens, dtype=torch.int64)
     teacher_of_T[teaching_U] = torch.arange(len(teaching_U))
+    slots = depth_T.nonzero().squeeze(1)
     passes = tuple(
-        _make_pass(slots, start_T, depth_T, teacher_of_T, num_steps, bucket, len(teaching_U))
-        for slots in depth_T.nonzero().squeeze(1).split(rows_per_pass)
+        _make_pass(
+            slots[first : first + rows_per_pass], start_T, depth_T, teacher_of_T, num_steps, bucket, len(teaching_U)
+        )
+        for first in range(0, len(slots), rows_per_pass)
     )
     return RowIndex(
         passes=passes,
-        next_T=(token_T + 1).clamp(max=num_tokens - 1),
         num_positions=int((token_T - start_T).max()) + 1 + num_steps,
     )
 
@@ -119,7 +120,7 @@ def _make_pass(
     num_rows = tuple(_round_up(int((depth > step).sum()), bucket) for step in range(num_steps))
     num_filling = num_rows[0] - len(slots)
     slots = torch.cat((slots, slots[-1:].expand(num_filling)))
-    depth = torch.nn.functional.pad(depth, (0, num_filling))
+    depth = F.pad(depth, (0, num_filling))
     teacher = teacher_of_T[slots + 1]
     last_teacher = int((teacher + (depth - 1).clamp(min=0)).max())
     # The window of teaching tokens slides back where its rounded size would pass their end.

@@ -65,7 +65,10 @@ def make_document(mask: str, *, seed: int) -> Document:
 def pack(documents: Sequence[Document], *, padding: int = 0) -> DraftBatch:
     """The documents one after the other, then rows of nonsense marked as padding."""
     lengths = [len(document.x) for document in documents]
-    last_hidden = torch.cat([document.y for document in documents])
+    # A token teaches if the next one of its document is an answer's.
+    taught = [[*document.m[1:], False] for document in documents]
+    (teaching,) = torch.tensor([mark for marks in taught for mark in marks]).nonzero(as_tuple=True)
+    last_hidden = torch.cat([document.y for document in documents])[teaching]
     logits = last_hidden @ make_head().lm_head_VD.double().T
 
     def padded(rows: Tensor, fill: float) -> Tensor:
@@ -77,7 +80,13 @@ def pack(documents: Sequence[Document], *, padding: int = 0) -> DraftBatch:
         position_ids_T=padded(torch.cat([torch.arange(length) for length in lengths]), 3),
         document_ids_T=padded(torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int(), -1),
         aux_hidden_TLD=padded(torch.cat([document.a for document in documents]), 5.0),
-        last_hidden_TD=padded(last_hidden, 7.0),
-        target_argmax_T=padded(logits.argmax(-1), 2),
-        target_logsumexp_T=padded(logits.logsumexp(-1), 0.0),
+        teaching_U=teaching,
+        last_hidden_UD=last_hidden,
+        target_argmax_U=logits.argmax(-1),
+        target_logsumexp_U=logits.logsumexp(-1),
     )
+
+
+def as_dtype(batch: DraftBatch, dtype: torch.dtype) -> DraftBatch:
+    """The batch with every number in it of this dtype."""
+    return DraftBatch(*(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch))

@@ -1,15 +1,19 @@
 """The EAGLE-3 loss against the brute force, and the promises around it. All in float64."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from specforge_core.drafts import eagle3 as eagle3_module
 from specforge_core.drafts.base import DraftBatch, DraftLoss
-from specforge_core.drafts.eagle3 import Eagle3Draft, active_slots
+from specforge_core.drafts.eagle3 import Eagle3Draft
+from specforge_core.drafts.eagle3_reference import active_slots, reference_loss
+from specforge_core.drafts.rows import index_rows
 from tests.drafts.eagle3_brute_force import Shape, Sums, eagle3
-from tests.drafts.synthetic import KEPT, TARGET_CONFIG, make_document, make_draft, make_head, pack
+from tests.drafts.synthetic import KEPT, TARGET_CONFIG, as_dtype, make_document, make_draft, make_head, pack
 
 # Answers at the front, in the middle, twice in a document, of one and two tokens (too short for any slot), and none.
 MASKS = ["PPPPAAAAAA", "AAAAA", "PPAAAPPPAAAAPP", "PPAPAA", "PPPP", "A"]
@@ -22,9 +26,40 @@ def documents():
     return [make_document(mask, seed=10 + i) for i, mask in enumerate(MASKS)]
 
 
-def gradients(draft: Eagle3Draft, batch: DraftBatch) -> tuple[DraftLoss, dict[str, Tensor]]:
+Gradients = tuple[DraftLoss, dict[str, Tensor]]
+
+
+def gradients(draft: Eagle3Draft, batch: DraftBatch) -> Gradients:
     draft.zero_grad()
-    loss = draft(batch)
+    loss = draft.accumulate_gradients(draft.prepare(batch))
+    nothing = torch.zeros(())
+    return loss, {
+        name: nothing.expand_as(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in draft.named_parameters()
+    }
+
+
+def in_small_passes(draft: Eagle3Draft, batch: DraftBatch) -> Gradients:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eagle3_module, "MAX_ROWS_PER_PASS", 3)
+        assert len(draft.prepare(batch).rows.passes) > 2
+        return gradients(draft, batch)
+
+
+def in_buckets(draft: Eagle3Draft, batch: DraftBatch) -> Gradients:
+    draft.zero_grad()
+    index = index_rows(
+        batch.loss_mask_T, batch.document_ids_T, batch.teaching_U,
+        num_steps=draft.num_positions, rows_per_pass=8, bucket=8,
+    )  # fmt: skip
+    assert any(rows.num_rows[0] > int((rows.depth_R > 0).sum()) for rows in index.passes)
+    loss = draft.accumulate_gradients(batch._replace(rows=index))
+    return loss, {name: parameter.grad.clone() for name, parameter in draft.named_parameters()}
+
+
+def by_reference(draft: Eagle3Draft, batch: DraftBatch) -> Gradients:
+    draft.zero_grad()
+    loss = reference_loss(draft, batch)
     loss.loss_sum.backward()
     return loss, {name: parameter.grad.clone() for name, parameter in draft.named_parameters()}
 
@@ -61,9 +96,12 @@ def by_brute_force(draft: Eagle3Draft) -> tuple[Sums, dict[str, Tensor]]:
     ],
     ids=str,
 )
-def test_loss_metrics_and_every_gradient_equal_the_brute_force(variant: dict[str, Any]):
+@pytest.mark.parametrize("path", [gradients, in_small_passes, in_buckets, by_reference])
+def test_loss_metrics_and_every_gradient_equal_the_brute_force(
+    path: Callable[[Eagle3Draft, DraftBatch], Gradients], variant: dict[str, Any]
+):
     draft = make_draft(**variant)
-    loss, grads = gradients(draft, pack(documents()))
+    loss, grads = path(draft, pack(documents()))
     expected, expected_grads = by_brute_force(draft)
 
     torch.testing.assert_close(loss.loss_sum, expected.loss, rtol=FLOAT64_TOLERANCE, atol=0)
@@ -81,7 +119,7 @@ def test_loss_metrics_and_every_gradient_equal_the_brute_force(variant: dict[str
 def test_the_example_has_rows_in_and_out_of_the_draft_vocabulary():
     batch = pack(documents())
     slots = active_slots(batch, 1)[0].nonzero().squeeze(1)
-    is_kept = torch.isin(batch.target_argmax_T[slots + 1], torch.tensor(KEPT))
+    is_kept = torch.isin(batch.target_argmax_U[torch.searchsorted(batch.teaching_U, slots + 1)], torch.tensor(KEPT))
     assert is_kept.any()
     assert not is_kept.all()
 
@@ -111,8 +149,8 @@ def test_slot_reads_tokens_and_teachers_of_the_alignment_table():
 
     def slot_losses(document):
         batch = pack([document])
-        batch = batch._replace(target_argmax_T=torch.full_like(batch.target_argmax_T, KEPT[0]))
-        return draft(batch).loss_sum.item()
+        batch = batch._replace(target_argmax_U=torch.full_like(batch.target_argmax_U, KEPT[0]))
+        return loss_of(draft, batch).loss_sum.item()
 
     def changes(**fields) -> bool:
         return slot_losses(document._replace(**fields)) != slot_losses(document)
@@ -131,6 +169,10 @@ def test_slot_reads_tokens_and_teachers_of_the_alignment_table():
     # Auxiliary states of slots up to 4; teachers p4 (slot 3, step 0) and p5 (slot 4, step 0, and slot 3, step 1).
     assert [changes(a=nudged(document.a, t)) for t in range(8)] == [True] * 5 + [False] * 3
     assert [changes(y=nudged(document.y, t)) for t in range(8)] == [False] * 4 + [True, True, False, False]
+
+
+def loss_of(draft: Eagle3Draft, batch: DraftBatch) -> DraftLoss:
+    return draft(draft.prepare(batch))
 
 
 def sums_of(loss: DraftLoss) -> Tensor:
@@ -157,7 +199,10 @@ def test_packing_adds_up_to_the_documents_alone():
 def test_document_order_does_not_change_the_loss():
     draft = make_draft()
     torch.testing.assert_close(
-        sums_of(draft(pack(documents()[::-1]))), sums_of(draft(pack(documents()))), rtol=FLOAT64_TOLERANCE, atol=0
+        sums_of(loss_of(draft, pack(documents()[::-1]))),
+        sums_of(loss_of(draft, pack(documents()))),
+        rtol=FLOAT64_TOLERANCE,
+        atol=0,
     )
 
 
@@ -171,7 +216,29 @@ def test_batch_without_supervised_rows_gives_zero_and_zero_gradients():
 def test_float32_is_within_rounding_of_float64():
     draft = make_draft()
     batch = pack(documents())
-    exact = draft(batch)
-    rounded = draft.float()(DraftBatch(*(x.float() if x.is_floating_point() else x for x in batch)))
-    assert rounded.loss_sum.dtype == torch.float32
+    exact = loss_of(draft, batch)
+    rounded = loss_of(draft.float(), as_dtype(batch, torch.float32))
     assert rounded.loss_sum.item() == pytest.approx(exact.loss_sum.item(), rel=1e-5)
+
+
+def test_gradients_add_up_over_batches_as_they_do_over_their_documents():
+    draft = make_draft()
+    _, together = gradients(draft, pack(documents()))
+    draft.zero_grad()
+    for document in documents():
+        draft.accumulate_gradients(draft.prepare(pack([document])))
+    for name, parameter in draft.named_parameters():
+        torch.testing.assert_close(parameter.grad, together[name], rtol=0, atol=1e-9)
+
+
+def test_the_loss_without_gradient_is_the_same_and_leaves_no_gradient():
+    draft = make_draft()
+    loss, _ = gradients(draft, pack(documents()))
+    draft.zero_grad()
+    assert torch.equal(sums_of(loss_of(draft, pack(documents()))), sums_of(loss))
+    assert all(parameter.grad is None for parameter in draft.parameters())
+
+
+def test_a_batch_without_its_row_index_is_refused():
+    with pytest.raises(ValueError, match="prepare"):
+        make_draft()(pack(documents()))

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from specforge_core.drafts.base import DraftBatch, TargetHead
+from specforge_core.drafts.base import TargetHead
 from specforge_core.drafts.eagle3 import Eagle3Draft
 from specforge_core.drafts.eagle3_config import llama_config, rope_parameters
 from specforge_core.drafts.layers import Rotary
 from specforge_core.manifest import Eagle3Config
-from tests.drafts.synthetic import KEPT, TARGET_CONFIG, VOCAB_SIZE, make_document, make_draft, make_head, pack
+from tests.drafts.synthetic import KEPT, TARGET_CONFIG, VOCAB_SIZE, as_dtype, make_document, make_draft, make_head, pack
 
 LLAMA_31 = {
     "hidden_size": 4096,
@@ -82,7 +82,7 @@ def test_a_target_of_another_shape_is_refused():
 
 def test_a_draft_loaded_to_decode_cannot_be_trained():
     with pytest.raises(ValueError, match="only one made by `create` has a teacher"):
-        read_back({}).double()(pack([make_document("PPAAAA", seed=0)]))
+        read_back({}).double().prepare(pack([make_document("PPAAAA", seed=0)]))
 
 
 def test_vocabulary_map_is_an_offset():
@@ -112,8 +112,8 @@ def test_a_bfloat16_target_gives_a_float32_draft():
     )
     assert {parameter.dtype for parameter in draft.parameters()} == {torch.float32}
     batch = pack([make_document("PPAAAA", seed=0)])
-    stored = DraftBatch(*(x.bfloat16() if x.is_floating_point() and x.dim() > 1 else x for x in batch))
-    assert draft(stored).loss_sum.isfinite()
+    stored = as_dtype(batch, torch.bfloat16)
+    assert draft(draft.prepare(stored)).loss_sum.isfinite()
 
 
 def test_config_is_what_servers_read():

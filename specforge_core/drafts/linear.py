@@ -1,0 +1,119 @@
+"""Matrix products of training: weights in the dtype of computing, gradients added up in that of the parameters.
+
+A step of training-time test uses each weight once per draft position and pass. Adding its gradient to the parameter's
+`.grad` in the matrix product itself keeps the sum in float32 and takes no memory for the summands.
+
+R rows, O output width, I input width.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+
+from specforge_core.kernels.accumulate import accumulate_product
+from specforge_core.kernels.swiglu import swiglu, swiglu_backward
+
+
+class Source(NamedTuple):
+    """Columns of a parameter."""
+
+    parameter: Tensor
+    columns: slice
+
+
+class Weight(NamedTuple):
+    """Parameters below each other, as one matrix to multiply by."""
+
+    value_OI: Tensor
+    """A copy in the dtype of computing, or the parameter itself if that is its own; without gradient."""
+    sources: tuple[Source, ...]
+
+    def part(self, first: int, last: int) -> "Weight":
+        """The weight of the sources first to last - 1 alone."""
+        heights = [len(source.parameter) for source in self.sources]
+        return Weight(self.value_OI[sum(heights[:first]) : sum(heights[:last])], self.sources[first:last])
+
+    def accumulate(self, grad_RO: Tensor, input_RI: Tensor) -> None:
+        """Add grad^T input to the parameters' `.grad`."""
+        first = 0
+        for parameter, columns in self.sources:
+            grad_part_RO = grad_RO[:, first : first + len(parameter)]
+            accumulate_product(gradient_buffer(parameter)[:, columns], grad_part_RO.T, input_RI)
+            first += len(parameter)
+
+
+def make_weight(parameters: Sequence[Tensor], dtype: torch.dtype, columns: slice = slice(None)) -> Weight:
+    """The parameters' columns below each other."""
+    sources = tuple(Source(parameter, columns) for parameter in parameters)
+    with torch.no_grad():
+        if len(parameters) == 1:
+            return Weight(parameters[0][:, columns].to(dtype), sources)
+        height = sum(len(parameter) for parameter in parameters)
+        value_OI = parameters[0].new_empty(height, parameters[0][:, columns].shape[1], dtype=dtype)
+        torch.cat([parameter[:, columns] for parameter in parameters], out=value_OI)
+    return Weight(value_OI, sources)
+
+
+def gradient_buffer(parameter: Tensor) -> Tensor:
+    """The parameter's `.grad`, zero if there was none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def linear(input_RI: Tensor, weight: Weight, residual_RO: Tensor | None = None) -> Tensor:
+    """input weight^T (+ residual). In backward the weight's gradient goes straight to its parameters' `.grad`."""
+    return _Linear.apply(input_RI, residual_RO, weight, weight.sources[0].parameter)
+
+
+def swiglu_linear(gate_up_R2I: Tensor, weight: Weight, residual_RO: Tensor) -> Tensor:
+    """(silu(gate) * up) weight^T + residual; only gate and up are saved, backward multiplies them again."""
+    return _SwiGLULinear.apply(gate_up_R2I, residual_RO, weight, weight.sources[0].parameter)
+
+
+def _product(input_RI: Tensor, weight_OI: Tensor, residual_RO: Tensor | None) -> Tensor:
+    if residual_RO is None:
+        return input_RI @ weight_OI.T
+    return torch.addmm(residual_RO, input_RI, weight_OI.T)
+
+
+class _Linear(Function):
+    # The parameter is an input so that autograd calls `backward` when it is all that wants a gradient.
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, input_RI: Tensor, residual_RO: Tensor | None, weight: Weight, parameter: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(input_RI)
+        ctx.weight = weight  # type: ignore[attr-defined]
+        return _product(input_RI, weight.value_OI, residual_RO)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_RO: Tensor) -> tuple[Tensor | None, ...]:
+        (input_RI,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        weight: Weight = ctx.weight  # type: ignore[attr-defined]
+        weight.accumulate(grad_RO, input_RI)
+        wants_input, wants_residual, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
+        return grad_RO @ weight.value_OI if wants_input else None, grad_RO if wants_residual else None, None, None
+
+
+class _SwiGLULinear(Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, gate_up_R2I: Tensor, residual_RO: Tensor, weight: Weight, parameter: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(gate_up_R2I)
+        ctx.weight = weight  # type: ignore[attr-defined]
+        return _product(swiglu(gate_up_R2I), weight.value_OI, residual_RO)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_RO: Tensor) -> tuple[Tensor | None, ...]:
+        (gate_up_R2I,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        weight: Weight = ctx.weight  # type: ignore[attr-defined]
+        # Nothing reads gate and up again, so their gradient takes their place.
+        activation_RI, grad_gate_up_R2I = swiglu_backward(grad_RO @ weight.value_OI, gate_up_R2I, out=gate_up_R2I)
+        weight.accumulate(grad_RO, activation_RI)
+        return grad_gate_up_R2I, grad_RO, None, None
