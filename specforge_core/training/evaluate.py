@@ -44,7 +44,7 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(draft: DraftModel, batches: Iterable[DraftBatch], workers: Workers) -> Evaluation:
-    """The evaluation over the batches of all workers; each worker gives its own share.
+    """The evaluation over the prepared batches of all workers; each worker gives its own share.
 
     The speculative loop needs no target, because the target's answers are the data. A chain drafted from slot t is
     verified against the tokens that follow; the first wrong one is replaced by the data's, and the next chain starts
@@ -54,10 +54,8 @@ def evaluate(draft: DraftModel, batches: Iterable[DraftBatch], workers: Workers)
     losses = DraftLoss.zero(draft.num_positions, workers.device)
     num_output_tokens = num_verify_steps = 0
     for batch in batches:
-        with workers.autocast():
-            losses = losses.plus(draft(batch))
-            chain_KT = draft.greedy_chains(batch, CHAIN_LENGTH)
-        accepted = accepted_tokens(chain_KT, batch).tolist()
+        losses = losses.plus(draft(batch))
+        accepted = accepted_tokens(draft.greedy_chains(batch, CHAIN_LENGTH), batch).tolist()
         for answer in answers(batch):
             num_output_tokens += len(answer)
             num_verify_steps += verify_steps(answer, accepted)

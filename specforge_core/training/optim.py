@@ -1,9 +1,10 @@
 """Optimizers and the learning-rate schedule of a draft."""
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from specforge_core.manifest import TrainingConfig
@@ -23,15 +24,28 @@ def build_optimizers(draft: nn.Module, config: TrainingConfig) -> list[Optimizer
         assert parameter.dtype in (torch.float32, torch.float64), f"{name} is {parameter.dtype}"
         is_matrix = config.optimizer == "muon" and parameter.dim() == 2 and name.startswith(MUON_PREFIXES)
         (by_muon if is_matrix else by_adamw).append(parameter)
-    optimizers: list[Optimizer] = [
-        torch.optim.AdamW(by_adamw, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
-    ]
+    adamw = torch.optim.AdamW(
+        by_adamw, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+    optimizers: list[Optimizer] = [adamw]
     if by_muon:
         optimizers.append(torch.optim.Muon(by_muon, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def take_step(optimizers: Sequence[Optimizer], divisor: Tensor) -> None:
+    """Step all optimizers with their gradients divided by a scalar, which the host does not read."""
+    for optimizer in optimizers:
+        if optimizer.defaults.get("fused"):
+            # A fused optimizer takes the factor of a loss scaler, and divides by it in the one pass that it makes.
+            optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
+        else:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_div_(gradients, divisor.to(gradients[0].dtype))
+        optimizer.step()
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:

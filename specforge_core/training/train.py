@@ -1,4 +1,4 @@
-"""Stage `train`: hidden states and a draft vocabulary in, a draft checkpoint out. `train_step` is the heart of it.
+"""Stage `train`: hidden states and a draft vocabulary in, a draft checkpoint out. `step.py` is the heart of it.
 
     draft.safetensors     the draft under its serving names, float32
     draft_config.json     the `config.json` that it is served with
@@ -15,15 +15,13 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.optim import Optimizer
 
 from specforge_core.artifacts import METRICS_NAME, PROGRESS_DIRECTORY, DraftCheckpoint, write_atomically
 from specforge_core.data.loader import FeatureSet, plan_steps, rank_share
 from specforge_core.data.shards import load_index, load_target_config, load_target_head
 from specforge_core.data.vocab import load_vocabulary
 from specforge_core.drafts import ALGORITHMS
-from specforge_core.drafts.base import DraftBatch, DraftLoss, DraftModel
+from specforge_core.drafts.base import DraftBatch, DraftModel
 from specforge_core.manifest import TrainingConfig
 from specforge_core.progress import progress
 from specforge_core.stages import TrainSpec
@@ -31,6 +29,8 @@ from specforge_core.training.checkpoint import TrainingState, checkpoints, load_
 from specforge_core.training.evaluate import Evaluation, evaluate
 from specforge_core.training.metrics import Meter, append_metrics, drop_metrics_after, milestones
 from specforge_core.training.optim import build_optimizers, learning_rate_factor, set_learning_rate
+from specforge_core.training.prefetch import device_batches
+from specforge_core.training.step import train_step
 from specforge_core.training.workers import Workers, join_workers
 
 logger = logging.getLogger(__name__)
@@ -49,13 +49,6 @@ class Plan(NamedTuple):
     eval: list[list[int]]
 
 
-class StepResult(NamedTuple):
-    """Sums over all processes, and the norm of the gradient before it was clipped."""
-
-    losses: DraftLoss
-    grad_norm: Tensor
-
-
 def main(spec: TrainSpec, out: Path) -> DraftCheckpoint:
     """Facts about the trained draft; an interrupted training goes on from its last checkpoint.
 
@@ -65,6 +58,7 @@ def main(spec: TrainSpec, out: Path) -> DraftCheckpoint:
         features = FeatureSet(spec.hidden_states, max_document_tokens=spec.training.max_document_tokens)
         plan = plan_training(features, spec.training, workers.world_size)
         draft = create_draft(spec).to(workers.device)
+        draft.compute_dtype = workers.compute_dtype
         state, evaluation = train(spec, out, draft, features, plan, workers)
         if workers.is_first:
             save_file(draft.serving_state_dict(), out / DRAFT_NAME)
@@ -127,7 +121,7 @@ def train(
         drop_metrics_after(metrics_path, state.step)
     step_tokens = [sum(features.lengths[i] for batch in step for i in batch) for step in plan.steps]
     shares = [rank_share(step, workers.rank, workers.world_size) for step in plan.steps]
-    batches = features.batches(batch for share in shares[state.step :] for batch in share)
+    batches = prepared_batches(draft, features, (batch for share in shares[state.step :] for batch in share), workers)
     save_at = milestones(num_steps, config.checkpoints_per_run)
     evaluate_at = milestones(num_steps, config.evals_per_run)
     # Every checkpoint ends a report, so that no sum has to be carried over an interruption.
@@ -150,7 +144,7 @@ def train(
             metrics = meter.metrics(factor * config.learning_rate, grad_norm)
             bar.set_postfix(loss=f"{metrics['train/loss']:.3f}", refresh=False)
             if state.step in evaluate_at:
-                evaluation = evaluate(draft, eval_batches(features, plan, workers), workers)
+                evaluation = evaluate(draft, eval_batches(draft, features, plan, workers), workers)
                 metrics |= evaluation.metrics()
             if workers.is_first:
                 append_metrics(metrics_path, state.step, metrics)
@@ -159,47 +153,18 @@ def train(
             meter.restart()
     if evaluation is None:
         # Interrupted behind the last checkpoint.
-        evaluation = evaluate(draft, eval_batches(features, plan, workers), workers)
+        evaluation = evaluate(draft, eval_batches(draft, features, plan, workers), workers)
     return state, evaluation
 
 
-def train_step(
-    draft: DraftModel,
-    optimizers: Sequence[Optimizer],
-    micro_batches: Iterable[DraftBatch],
-    max_grad_norm: float,
-    workers: Workers,
-) -> StepResult:
-    """One optimizer step over the micro-batches of all workers; each gives its own share, which may be none.
-
-    The loss is a sum until every micro-batch of every worker is in. Then it is divided once, by the number of
-    supervised tokens, so that neither packing nor the number of workers changes the gradient.
-    """
-    parameters = list(draft.parameters())
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    losses = DraftLoss.zero(draft.num_positions, workers.device)
-    for batch in micro_batches:
-        with workers.autocast():
-            loss = draft(to_device(batch, workers.device))
-        loss.loss_sum.backward()
-        losses = losses.plus(loss)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    workers.add_up([*gradients, *losses])
-    for gradient in gradients:
-        gradient /= losses.num_tokens.clamp(min=1)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    for optimizer in optimizers:
-        optimizer.step()
-    return StepResult(losses, grad_norm)
+def prepared_batches(
+    draft: DraftModel, features: FeatureSet, micro_batches: Iterable[Sequence[int]], workers: Workers
+) -> Iterator[DraftBatch]:
+    """The micro-batches of a plan on this worker's device, ready for the draft."""
+    stored = features.batches(micro_batches, prepare=draft.prepare, pin_memory=workers.device.type == "cuda")
+    return device_batches(stored, workers.device)
 
 
-def eval_batches(features: FeatureSet, plan: Plan, workers: Workers) -> Iterator[DraftBatch]:
-    """This worker's share of the held-out documents, on its device."""
-    for batch in features.batches(rank_share(plan.eval, workers.rank, workers.world_size)):
-        yield to_device(batch, workers.device)
-
-
-def to_device(batch: DraftBatch, device: torch.device) -> DraftBatch:
-    """The batch on that device."""
-    return DraftBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+def eval_batches(draft: DraftModel, features: FeatureSet, plan: Plan, workers: Workers) -> Iterator[DraftBatch]:
+    """This worker's share of the held-out documents."""
+    return prepared_batches(draft, features, rank_share(plan.eval, workers.rank, workers.world_size), workers)

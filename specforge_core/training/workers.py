@@ -29,9 +29,10 @@ class Workers(NamedTuple):
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
-    def autocast(self) -> torch.autocast:
-        """Matrix products in bfloat16 on a GPU, float32 on a CPU; weights stay float32."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda")
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of losses and gradients: bfloat16 on a GPU, float32 on a CPU. Weights and sums are float32 on both."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
-"""Stored features of a small random target, as the stages before training would leave them."""
+"""Stored features of a small random target, as the stages before training would leave them; a draft for a GPU."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from safetensors.torch import save_file
 from specforge_core.artifacts import HiddenStates, Vocabulary, seal
 from specforge_core.data.shards import Document, FeatureIndex, FeatureWriter, plan_shards, save_target
 from specforge_core.data.vocab import VOCABULARY_NAME
+from specforge_core.drafts.base import DraftBatch, TargetHead
+from specforge_core.drafts.eagle3 import Eagle3Draft
 from specforge_core.manifest import Eagle3Config, TrainingConfig
 from specforge_core.stages import ResolvedTarget, TrainSpec
 from specforge_core.targets import TargetFeatures
@@ -41,7 +44,16 @@ def write_features(directory: Path, *, seed: int = 0) -> None:
         )
         # What slot t has to predict, x[t+2], is the favourite at t + 1, whose state the auxiliary layers foresee.
         aux_hidden_TLD = torch.stack([last_hidden_TD.roll(-shift, dims=0) for shift in (0, 1, 2)], dim=1)
-        features.append(TargetFeatures(aux_hidden_TLD, last_hidden_TD, argmax_T.int(), logits_TV.logsumexp(-1)))
+        # The tokens before the answer's teach: from the prompt's last one to the last but one of all.
+        teaching = slice(3, -1)
+        features.append(
+            TargetFeatures(
+                aux_hidden_TLD,
+                last_hidden_TD[teaching],
+                argmax_T[teaching].int(),
+                logits_TV.logsumexp(-1)[teaching],
+            )
+        )
     lengths = [len(document.input_ids_T) for document in documents]
     writer = FeatureWriter(directory, FeatureIndex(layers=LAYERS, hidden_size=WIDTH, dtype="float32"))
     for shard in plan_shards(lengths, 600):
@@ -87,4 +99,55 @@ def make_spec(inputs: Path, **training: Any) -> TrainSpec:
         vocabulary=inputs / "vocabulary",
         draft=Eagle3Config(num_steps=3, draft_vocab_size=len(KEPT)),
         training=TrainingConfig(**config),
+    )
+
+
+GPU_WIDTH = 256
+GPU_VOCAB_SIZE = 640
+GPU_TARGET_CONFIG: dict[str, Any] = {
+    "hidden_size": GPU_WIDTH,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 1024,
+    "rope_theta": 10_000.0,
+    "vocab_size": GPU_VOCAB_SIZE,
+}
+
+
+def make_gpu_draft() -> Eagle3Draft:
+    """A draft on the GPU as the trainer sets it up, of sizes that kernels are made for."""
+    torch.manual_seed(0)
+    embedding_VD, head_VD = torch.randn(2, GPU_VOCAB_SIZE, GPU_WIDTH)
+    draft = Eagle3Draft.create(
+        Eagle3Config(num_steps=4, draft_vocab_size=512, fc_norm=True, norm_output=True),
+        GPU_TARGET_CONFIG,
+        TargetHead(embedding_VD, head_VD / GPU_WIDTH**0.5, torch.ones(GPU_WIDTH)),
+        torch.arange(512) + 64,
+        LAYERS,
+    ).cuda()
+    draft.compute_dtype = torch.bfloat16
+    return draft
+
+
+def make_batch(documents: Sequence[tuple[int, int]], *, seed: int, width: int = GPU_WIDTH) -> DraftBatch:
+    """An unprepared batch for that draft, on the CPU, of random features. Args: documents: (prompt, answer) tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [prompt + answer for prompt, answer in documents]
+    loss_mask_T = torch.cat([torch.arange(sum(document)) >= document[0] for document in documents])
+    # The token before each of an answer's; no document begins with its answer.
+    (answer_U,) = loss_mask_T.nonzero(as_tuple=True)
+    logits_UV = torch.randn(len(answer_U), GPU_VOCAB_SIZE, generator=generator)
+    return DraftBatch(
+        input_ids_T=torch.randint(GPU_VOCAB_SIZE, (sum(lengths),), generator=generator),
+        loss_mask_T=loss_mask_T,
+        position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
+        document_ids_T=torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths)),
+        aux_hidden_TLD=torch.randn(sum(lengths), len(LAYERS), width, generator=generator).bfloat16(),
+        teaching_U=answer_U - 1,
+        last_hidden_UD=torch.randn(len(answer_U), width, generator=generator).bfloat16(),
+        target_argmax_U=logits_UV.argmax(-1),
+        target_logsumexp_U=logits_UV.logsumexp(-1),
     )

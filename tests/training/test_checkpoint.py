@@ -18,12 +18,11 @@ def state(step: int, key: str = "mine") -> TrainingState:
 
 
 def take_steps(draft, optimizers, count: int) -> list[float]:
-    batch = pack([make_document("PPAAAAAA", seed=3)])
+    batch = draft.prepare(pack([make_document("PPAAAAAA", seed=3)]))
     losses = []
     for _ in range(count):
         draft.zero_grad()
-        loss = draft(batch).loss_sum
-        loss.backward()
+        loss = draft.accumulate_gradients(batch).loss_sum
         for optimizer in optimizers:
             optimizer.step()
         losses.append(loss.item())

@@ -16,14 +16,20 @@ ALONE = Workers(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def likely_document(draft: Eagle3Draft, mask: str, seed: int) -> Document:
-    """Three of four answer tokens are those that the draft proposes, so that chains of every length are accepted."""
+    """Three of four tokens that a chain can hold are those that the draft proposes: all lengths are accepted."""
     document = make_document(mask, seed=seed)
     chooser = random.Random(seed)
     for position in range(2, len(mask)):
+        if mask[position - 1 : position + 1] != "AA":
+            continue
         proposed = draft.greedy_chains(pack([document]), 1)[0, position - 2].item()
         if chooser.random() < 0.75:
             document.x[position] = proposed
     return document
+
+
+def prepared(draft: Eagle3Draft, *batches: list[Document]) -> list[DraftBatch]:
+    return [draft.prepare(pack(documents)) for documents in batches]
 
 
 def loop_step_by_step(draft: Eagle3Draft, document: Document, start: int, stop: int) -> int:
@@ -45,7 +51,7 @@ def loop_step_by_step(draft: Eagle3Draft, document: Document, start: int, stop: 
     num_steps, num_known = 0, start + 1
     while num_known < stop:
         chain: list[int] = []
-        for k in range(CHAIN_LENGTH):
+        for k in range(min(CHAIN_LENGTH, stop - num_known)):
             # What the server knows: the tokens so far and its own chain. The rest is nothing that it could look at.
             tokens = [*document.x[:num_known], *chain, 0]
             seen = document._replace(x=tokens, m=[False] * len(tokens))
@@ -53,9 +59,7 @@ def loop_step_by_step(draft: Eagle3Draft, document: Document, start: int, stop: 
             logits = weights["lm_head.weight"] @ rms(hidden, weights["norm.weight"], shape.eps)
             chain.append(KEPT[logits.argmax().item()])
         accepted = 0
-        while accepted < CHAIN_LENGTH and num_known + accepted < stop:
-            if chain[accepted] != document.x[num_known + accepted]:
-                break
+        while accepted < len(chain) and chain[accepted] == document.x[num_known + accepted]:
             accepted += 1
         num_known += accepted + 1
         num_steps += 1
@@ -74,7 +78,7 @@ def test_acceptance_length_is_that_of_a_real_loop():
         ]
     # Neither never nor always right, or the comparison would say little.
     assert 12 / 4 < sum(steps) < 21
-    evaluation = evaluate(draft, [pack(documents[:1]), pack(documents[1:])], ALONE)
+    evaluation = evaluate(draft, prepared(draft, documents[:1], documents[1:]), ALONE)
     assert evaluation.num_verify_steps == sum(steps)
     assert evaluation.num_output_tokens == 12 + 6 + 6 + 1
     assert evaluation.acceptance_length == 25 / sum(steps)
@@ -83,8 +87,8 @@ def test_acceptance_length_is_that_of_a_real_loop():
 def test_evaluation_sums_the_loss_of_its_batches():
     draft = make_draft()
     documents = [make_document("PPAAAAAA", seed=1), make_document("PAAAAA", seed=2)]
-    evaluation = evaluate(draft, [pack(documents[:1]), pack(documents[1:])], ALONE)
-    together = draft(pack(documents))
+    evaluation = evaluate(draft, prepared(draft, documents[:1], documents[1:]), ALONE)
+    (together,) = (draft(batch) for batch in prepared(draft, documents))
     assert evaluation.losses.loss_sum.item() == pytest.approx(together.loss_sum.item(), rel=1e-12)
     assert evaluation.losses.valid_K.tolist() == together.valid_K.tolist()
     expected_accuracy = (together.correct_K / together.valid_K).tolist()

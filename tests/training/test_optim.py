@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from specforge_core.manifest import TrainingConfig
-from specforge_core.training.optim import build_optimizers, learning_rate_factor, set_learning_rate
+from specforge_core.training.optim import build_optimizers, learning_rate_factor, set_learning_rate, take_step
 from tests.drafts.synthetic import make_draft
 
 
@@ -79,3 +79,21 @@ def test_the_first_adamw_step_moves_each_weight_by_the_learning_rate():
     draft.fc.weight.grad = torch.full_like(before, 7.0)
     optimizer.step()
     torch.testing.assert_close(before - draft.fc.weight, torch.full_like(before, 1e-3), rtol=1e-6, atol=0)
+
+
+def test_a_step_divides_the_gradients_of_both_optimizers():
+    # Muon's direction forgets the scale of one gradient, but not how the gradients of several steps compare.
+    config = TrainingConfig(optimizer="muon", learning_rate=1e-3)
+    divided, plain = make_draft(), make_draft()
+    divided_optimizers, plain_optimizers = build_optimizers(divided, config), build_optimizers(plain, config)
+    generator = torch.Generator().manual_seed(0)
+    for divisor in (3.0, 1.0, 50.0):
+        for parameter, other in zip(divided.parameters(), plain.parameters(), strict=True):
+            other.grad = torch.randn(other.shape, generator=generator, dtype=other.dtype)
+            parameter.grad = divisor * other.grad
+        take_step(divided_optimizers, torch.tensor(divisor, dtype=torch.float64))
+        for optimizer in plain_optimizers:
+            optimizer.step()
+    for (name, parameter), other in zip(divided.named_parameters(), plain.parameters(), strict=True):
+        # Muon orthogonalises in bfloat16, where the last bit of an input may turn.
+        torch.testing.assert_close(parameter, other, rtol=1e-3, atol=1e-5, msg=f"{name} differs")
