@@ -15,7 +15,7 @@ Inputs = dict[str, Any]
 """Arguments by name; trees of tensors are allowed. A tensor that requires a gradient is an argument of its own, and if
 its gradient is accumulated in place, the accumulator is the argument named `<name>_grad`, zero at first."""
 
-CASE_FILES: tuple[str, ...] = ()
+CASE_FILES = ("elementwise",)
 """What follows `cases_` in the names of the modules that define cases."""
 
 FORWARD_FACTOR = 2.0
@@ -44,13 +44,32 @@ class Case:
     shapes: dict[str, int]
     """Sizes by name, for the report."""
     bytes: Work
+    """In bfloat16."""
     flops: Work
+    has_compiled_rival: bool = True
+    """Whether `torch.compile` of the reference is worth its compile time in a benchmark."""
 
 
 def all_cases() -> tuple[Case, ...]:
     """The cases that are timed on a GPU, of every kernel."""
     modules = (importlib.import_module(f"specforge_core.kernels.cases_{name}") for name in CASE_FILES)
     return tuple(case for module in modules for case in module.cases())
+
+
+class Numbers:
+    """Random inputs: the same ones for the same device, dtype and seed."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, seed: int = 0) -> None:
+        self.device, self.dtype = device, dtype
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """N(0, scale^2), in this dtype."""
+        return (scale * torch.randn(*shape, generator=self._generator, device=self.device)).to(self.dtype)
+
+    def leaf(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """`normal`, and a gradient is wanted."""
+        return self.normal(*shape, scale=scale).requires_grad_()
 
 
 class Result(NamedTuple):
@@ -78,11 +97,9 @@ def run(function: Callable[..., Any], inputs: Inputs) -> Result:
 
 def gradients_of(outputs: list[Tensor]) -> list[Tensor]:
     """Gradients to start a backward pass with: one random number per element, rounded to bfloat16."""
-    generator = torch.Generator().manual_seed(1)
-    return [
-        torch.randn(output.shape, generator=generator).to(torch.bfloat16).to(output.device, output.dtype)
-        for output in outputs
-    ]
+    # From bfloat16 and after a fixed seed, so that runs in other dtypes start with the same numbers.
+    numbers = Numbers(outputs[0].device, torch.bfloat16, seed=1)
+    return [numbers.normal(*output.shape).to(output.dtype) for output in outputs]
 
 
 def check(case: Case, device: torch.device, dtype: torch.dtype) -> None:
