@@ -132,11 +132,15 @@ DraftConfig = Eagle3Config
 """Becomes a union discriminated by `algorithm` with the second algorithm."""
 
 
+FeatureDtype = Literal["bfloat16", "float32", "float8"]
+
+
 class FeaturesConfig(Config):
     """Hidden states of the target: captured once and stored."""
 
     mode: Literal["stored"] = "stored"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: FeatureDtype = "bfloat16"
+    """`float8`: half of the disk and of its traffic, with a scale for each vector."""
     tokens_per_shard: PositiveInt = 262_144
 
 

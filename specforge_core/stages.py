@@ -141,7 +141,7 @@ class CaptureSpec(StageSpec):
     """Conversations in, hidden states of the target out."""
 
     stage: ClassVar[str] = "capture"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     facts_type: ClassVar[type[Record]] = HiddenStates
 
     target: ResolvedTarget

@@ -97,7 +97,11 @@ def test_scalars_are_read_as_yaml_1_2_reads_them(tmp_path: Path) -> None:
         ("    draft:", 17, "draft: should be a section of keys and values, got null"),
         ("    data: {sources: a.jsonl}", 17, 'data.sources: should be a list, got "a.jsonl"'),
         ("    data: {sources: []}", 17, "data.sources: should not be empty, got []"),
-        ("    features: {dtype: int8}", 17, "features.dtype: should be 'bfloat16' or 'float32', got \"int8\""),
+        (
+            "    features: {dtype: int8}",
+            17,
+            "features.dtype: should be 'bfloat16', 'float32' or 'float8', got \"int8\"",
+        ),
         ("    training: {learning_rate: -1}", 17, "training.learning_rate: should be greater than 0, got -1"),
         ("    training: {learning_rate: .inf}", 17, "training.learning_rate: should be a finite number, got Infinity"),
         ("    training: {learning_rate: .nan}", 17, "training.learning_rate: should be a finite number, got NaN"),

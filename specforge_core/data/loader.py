@@ -1,6 +1,6 @@
 """Training batches from captured features: whole documents, packed without padding, planned before anything is read.
 
-T tokens of a packed batch, L captured layers, D target width.
+T tokens of a packed batch, U teaching tokens of it, L captured layers, D target width.
 """
 
 import hashlib
@@ -9,19 +9,25 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from specforge_core.data.shards import Shard, load_index
+from specforge_core.data import float8
+from specforge_core.data.shards import Shard, StoredDocument, load_index
 from specforge_core.drafts.base import DraftBatch
+from specforge_core.drafts.rows import is_teaching
 
 logger = logging.getLogger(__name__)
 
 OPEN_BATCHES = 32
 """Batches that are filled side by side; more of them waste less room and scatter the shuffled order no further."""
 BATCHES_AHEAD = 2
+LOADING_THREADS = 2
+"""Each loads a batch of its own: one thread copies at half of the speed of memory, and waits for the disk alone."""
 
 ItemT = TypeVar("ItemT")
 LoadedT = TypeVar("LoadedT")
@@ -32,6 +38,17 @@ class Split(NamedTuple):
 
     train: list[int]
     eval: list[int]
+
+
+class StoredBatch(NamedTuple):
+    """A batch as it comes from the disk: `dequantised` makes of it what a draft reads, on any device."""
+
+    batch: DraftBatch
+    """Hidden states in the dtype that is stored."""
+    aux_scale_TL: Tensor | None
+    """float32; None unless that is float8."""
+    last_scale_U: Tensor | None
+    """float32; None unless that is float8."""
 
 
 class FeatureSet:
@@ -75,27 +92,64 @@ class FeatureSet:
         logger.info("epoch %d: %d micro-batches of %d tokens, %.1f %% full", epoch, len(batches), budget, 100 * fill)
         return batches
 
-    def load_batch(self, documents: Sequence[int]) -> DraftBatch:
-        """These documents one after the other, on the CPU, hidden states in the stored dtype."""
-        lengths = [self.lengths[document] for document in documents]
-        stored = []
-        for document, length in zip(documents, lengths, strict=True):
-            shard, number = self._places[document]
-            stored.append(shard.read(number, length))
-        return DraftBatch(
-            input_ids_T=torch.cat([document.input_ids for document in stored]).long(),
-            loss_mask_T=torch.cat([document.loss_mask for document in stored]),
-            position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
-            document_ids_T=torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths)),
-            aux_hidden_TLD=torch.cat([document.aux_hidden for document in stored]),
-            last_hidden_TD=torch.cat([document.last_hidden for document in stored]),
-            target_argmax_T=torch.cat([document.target_argmax for document in stored]).long(),
-            target_logsumexp_T=torch.cat([document.target_logsumexp for document in stored]),
-        )
+    def load_batch(self, documents: Sequence[int], *, pin_memory: bool = False) -> StoredBatch:
+        """These documents one after the other, on the CPU.
 
-    def batches(self, micro_batches: Iterable[Sequence[int]]) -> Iterator[DraftBatch]:
-        """The micro-batches of a plan, loaded in order by a thread that stays a little ahead."""
-        return prefetched(self.load_batch, micro_batches)
+        Args: pin_memory: copy the stored tensors, which are nearly all bytes, straight into pinned memory.
+        """
+        lengths = [self.lengths[document] for document in documents]
+        places = [(*self._places[document], length) for document, length in zip(documents, lengths, strict=True)]
+        for shard, number, length in places:
+            shard.read_ahead(number, length)
+        fields = zip(*(shard.read(number, length) for shard, number, length in places), strict=True)
+        stored = StoredDocument(*(_joined(parts, pin_memory) for parts in fields))
+        document_ids_T = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
+        batch = DraftBatch(
+            input_ids_T=stored.input_ids.long(),
+            loss_mask_T=stored.loss_mask,
+            position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
+            document_ids_T=document_ids_T,
+            aux_hidden_TLD=stored.aux_hidden,
+            teaching_U=is_teaching(stored.loss_mask, document_ids_T).nonzero().squeeze(1),
+            last_hidden_UD=stored.last_hidden,
+            target_argmax_U=stored.target_argmax.long(),
+            target_logsumexp_U=stored.target_logsumexp,
+        )
+        return StoredBatch(batch, stored.aux_scale, stored.last_scale)
+
+    def batches(
+        self,
+        micro_batches: Iterable[Sequence[int]],
+        *,
+        prepare: Callable[[DraftBatch], DraftBatch],
+        pin_memory: bool = False,
+    ) -> Iterator[StoredBatch]:
+        """The micro-batches of a plan, loaded and prepared in order by threads that stay a little ahead.
+
+        Args: prepare: adds what a draft wants on the CPU, from ids, masks and teaching tokens alone: a hidden state
+        may still be in float8; it runs on two batches at once. pin_memory: put every tensor into pinned memory, from
+        where a copy to a GPU does not hold up the host.
+        """
+
+        def load(documents: Sequence[int]) -> StoredBatch:
+            stored = self.load_batch(documents, pin_memory=pin_memory)
+            stored = stored._replace(batch=prepare(stored.batch))
+            return tree_map_only(Tensor, Tensor.pin_memory, stored) if pin_memory else stored
+
+        return prefetched(load, micro_batches)
+
+
+def dequantised(stored: StoredBatch) -> DraftBatch:
+    """The batch that a draft reads: float8 becomes bfloat16 on a GPU and float32 elsewhere, all else stays."""
+    batch = stored.batch
+    if stored.aux_scale_TL is None or stored.last_scale_U is None:
+        return batch
+    dtype = torch.bfloat16 if batch.aux_hidden_TLD.is_cuda else torch.float32
+    aux_hidden = float8.ScaledFloat8(batch.aux_hidden_TLD, stored.aux_scale_TL)
+    last_hidden = float8.ScaledFloat8(batch.last_hidden_UD, stored.last_scale_U)
+    return batch._replace(
+        aux_hidden_TLD=float8.dequantised(aux_hidden, dtype), last_hidden_UD=float8.dequantised(last_hidden, dtype)
+    )
 
 
 def plan_epoch(lengths: Sequence[int], budget: int, seed: int, epoch: int) -> list[list[int]]:
@@ -134,8 +188,8 @@ def rank_share(step: Sequence[ItemT], rank: int, world_size: int) -> Sequence[It
 
 
 def prefetched(load: Callable[[ItemT], LoadedT], items: Iterable[ItemT]) -> Iterator[LoadedT]:
-    """`load(item)` for each item in order, worked out ahead by one thread."""
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+    """`load(item)` for each item in order, worked out ahead by a few threads."""
+    pool = ThreadPoolExecutor(LOADING_THREADS, thread_name_prefix="prefetch")
     waiting: deque[Future[LoadedT]] = deque()
     try:
         for item in items:
@@ -151,3 +205,13 @@ def prefetched(load: Callable[[ItemT], LoadedT], items: Iterable[ItemT]) -> Iter
 def _uniform(document_id: str) -> float:
     """A number in [0, 1) that depends on the id alone."""
     return int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8]) / 2**64
+
+
+def _joined(parts: tuple[Tensor | None, ...], pin_memory: bool) -> Any:
+    """The parts end to end, each copied once, straight from the mapped file; None if they are."""
+    tensors = [part for part in parts if part is not None]
+    if not tensors:
+        return None
+    num_rows = sum(len(tensor) for tensor in tensors)
+    joined = torch.empty(num_rows, *tensors[0].shape[1:], dtype=tensors[0].dtype, pin_memory=pin_memory)
+    return torch.cat(tensors, out=joined)

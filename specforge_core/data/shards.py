@@ -2,19 +2,23 @@
 
     index.json                format version, layers, and a record of each shard
     shard-00000.safetensors   the tensors of `StoredDocument` over all documents of the shard, end to end; document i is
-                              document_offsets[i] to document_offsets[i + 1]; the ids are in the header
+                              document_offsets[i] to document_offsets[i + 1] of the tensors over tokens, and between the
+                              same two of teaching_offsets in those over teaching tokens; the ids are in the header
     target_head.safetensors   embedding, head and final norm of the target
     config.json               the target's (text) config
 
-A directory needs no target weights beside it. T tokens of a shard or of a document, L captured layers, D target width.
+A token teaches if the next one of its document was produced by the target: only there is a draft held against the
+target's logits, so only there the last hidden state is stored. A directory needs no target weights beside it.
+
+T tokens of a shard or of a document, U teaching tokens of it, L captured layers, D target width.
 """
 
 import json
 import os
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -22,14 +26,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specforge_core.artifacts import PARTIAL_SUFFIX, Record, file_sha256, write_atomically
+from specforge_core.data.float8 import quantised
 from specforge_core.drafts.base import TargetHead
+from specforge_core.drafts.rows import is_teaching
+from specforge_core.manifest import FeatureDtype
 from specforge_core.targets import TargetFeatures
 
+FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
 HEAD_NAME = "target_head.safetensors"
 CONFIG_NAME = "config.json"
 IDS_KEY = "document_ids"
-OFFSETS_NAME = "document_offsets"
+TOKEN_OFFSETS = "document_offsets"
+TEACHING_OFFSETS = "teaching_offsets"
 
 
 class ShardRecord(Record):
@@ -46,10 +55,10 @@ class ShardRecord(Record):
 class FeatureIndex(Record):
     """What a feature directory holds."""
 
-    format_version: Literal[1] = 1
+    format_version: int = FORMAT_VERSION
     layers: tuple[int, ...]
     hidden_size: int
-    dtype: Literal["bfloat16", "float32"]
+    dtype: FeatureDtype
     shards: tuple[ShardRecord, ...] = ()
 
 
@@ -64,7 +73,7 @@ class Document(NamedTuple):
 
 
 class StoredDocument(NamedTuple):
-    """What is stored of each token; the fields are the tensors of a shard."""
+    """What is stored of a document; the fields are the tensors of a shard."""
 
     input_ids: Tensor
     """int32 [T]"""
@@ -73,11 +82,19 @@ class StoredDocument(NamedTuple):
     aux_hidden: Tensor
     """[T, L, D], the index's dtype"""
     last_hidden: Tensor
-    """[T, D], the index's dtype"""
+    """[U, D], the index's dtype"""
     target_argmax: Tensor
-    """int32 [T]"""
+    """int32 [U]"""
     target_logsumexp: Tensor
-    """float32 [T]"""
+    """float32 [U]"""
+    aux_scale: Tensor | None = None
+    """float32 [T, L]; for float8 alone, what `aux_hidden` is to be multiplied with."""
+    last_scale: Tensor | None = None
+    """float32 [U]; the same for `last_hidden`."""
+
+
+OVER_TEACHING = frozenset({"last_hidden", "target_argmax", "target_logsumexp", "last_scale"})
+"""Of `StoredDocument`: those over teaching tokens; the others are over all tokens."""
 
 
 def plan_shards(lengths: Sequence[int], tokens_per_shard: int) -> list[range]:
@@ -119,23 +136,19 @@ class FeatureWriter:
     def _write_shard(
         self, path: Path, documents: Sequence[Document], features: Iterable[TargetFeatures]
     ) -> ShardRecord:
-        offsets = torch.tensor([0, *(len(document.input_ids_T) for document in documents)]).cumsum(0)
-        num_tokens, hidden_size, dtype = int(offsets[-1]), self.index.hidden_size, getattr(torch, self.index.dtype)
-        shard = StoredDocument(
-            input_ids=torch.cat([document.input_ids_T for document in documents]).int(),
-            loss_mask=torch.cat([document.loss_mask_T for document in documents]),
-            aux_hidden=torch.empty(num_tokens, len(self.index.layers), hidden_size, dtype=dtype),
-            last_hidden=torch.empty(num_tokens, hidden_size, dtype=dtype),
-            target_argmax=torch.empty(num_tokens, dtype=torch.int32),
-            target_logsumexp=torch.empty(num_tokens, dtype=torch.float32),
-        )
-        # Filled in place: a shard of a large target is gigabytes, and is never held twice.
-        for (start, stop), captured in zip(pairwise(offsets.tolist()), features, strict=True):
-            shard.aux_hidden[start:stop] = captured.aux_hidden_TLD
-            shard.last_hidden[start:stop] = captured.last_hidden_TD
-            shard.target_argmax[start:stop] = captured.argmax_T
-            shard.target_logsumexp[start:stop] = captured.logsumexp_T
-        tensors = {**shard._asdict(), OFFSETS_NAME: offsets}
+        token_offsets = _offsets(len(document.input_ids_T) for document in documents)
+        teaching_offsets = _offsets(int(teaching_in_document(document.loss_mask_T).sum()) for document in documents)
+        tensors = {TOKEN_OFFSETS: token_offsets, TEACHING_OFFSETS: teaching_offsets}
+        places = zip(documents, pairwise(token_offsets.tolist()), pairwise(teaching_offsets.tolist()), strict=True)
+        for (document, tokens, teaching), captured in zip(places, features, strict=True):
+            for name, part in _encoded(document, captured, self.index.dtype).items():
+                start, stop = teaching if name in OVER_TEACHING else tokens
+                assert len(part) == stop - start, f"{document.id}: {len(part)} rows of {name} for {stop - start} tokens"
+                if name not in tensors:
+                    # Filled in place: a shard of a large target is gigabytes, and is never held twice.
+                    num_rows = (teaching_offsets if name in OVER_TEACHING else token_offsets)[-1]
+                    tensors[name] = torch.empty(int(num_rows), *part.shape[1:], dtype=part.dtype)
+                tensors[name][start:stop] = part
         ids = json.dumps([document.id for document in documents])
         partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
         save_file(tensors, partial, metadata={IDS_KEY: ids})
@@ -147,8 +160,8 @@ class FeatureWriter:
             size_bytes=path.stat().st_size,
             sha256=file_sha256(path),
             num_documents=len(documents),
-            num_tokens=num_tokens,
-            num_loss_tokens=int(shard.loss_mask.sum()),
+            num_tokens=int(token_offsets[-1]),
+            num_loss_tokens=sum(int(document.loss_mask_T.sum()) for document in documents),
         )
 
 
@@ -156,26 +169,68 @@ class Shard:
     """One shard, memory-mapped: only what is read comes from the disk."""
 
     def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, framework="pt")
-        self._offsets: list[int] = self._file.get_tensor(OFFSETS_NAME).tolist()
-        self.document_ids: list[str] = json.loads(self._file.metadata()[IDS_KEY])
+        self._path = path
+        file = safe_open(path, framework="pt")
+        # Each tensor is a view of the mapped file; of the large ones nothing is read yet.
+        tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+        self._file_offsets = dict(zip(tensors, _file_offsets(path, tensors.values()), strict=True))
+        self._token_offsets: list[int] = tensors.pop(TOKEN_OFFSETS).tolist()
+        self._teaching_offsets: list[int] = tensors.pop(TEACHING_OFFSETS).tolist()
+        self._stored = tensors
+        self.document_ids: list[str] = json.loads(file.metadata()[IDS_KEY])
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each document."""
-        return [stop - start for start, stop in pairwise(self._offsets)]
+        return [stop - start for start, stop in pairwise(self._token_offsets)]
 
     def read(self, document: int, num_tokens: int) -> StoredDocument:
-        """The first `num_tokens` tokens of the shard's document number `document`."""
-        start = self._offsets[document]
-        return StoredDocument(
-            *(self._file.get_slice(name)[start : start + num_tokens] for name in StoredDocument._fields)
-        )
+        """The first `num_tokens` tokens of the shard's document number `document`, as views of the mapped file.
+
+        In a document that is cut so, the last token does not teach any more.
+        """
+        rows = self._rows(document, num_tokens)
+        return StoredDocument(**{name: tensor[rows[name]] for name, tensor in self._stored.items()})
+
+    def read_ahead(self, document: int, num_tokens: int) -> None:
+        """Have the system fetch what `read` gives, without waiting for it.
+
+        Touched page by page, a mapping leaves the disk idle in between.
+        """
+        if not hasattr(os, "posix_fadvise"):  # macOS
+            return
+        with self._path.open("rb") as file:
+            for name, rows in self._rows(document, num_tokens).items():
+                row_bytes = self._stored[name].stride(0) * self._stored[name].itemsize
+                start, size = self._file_offsets[name] + rows.start * row_bytes, (rows.stop - rows.start) * row_bytes
+                os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
+
+    def _rows(self, document: int, num_tokens: int) -> dict[str, slice]:
+        """By tensor, the rows of a document's first tokens."""
+        token, teaching = self._token_offsets[document], self._teaching_offsets[document]
+        tokens = slice(token, token + num_tokens)
+        num_teaching = int(teaching_in_document(self._stored["loss_mask"][tokens]).sum())
+        over_teaching = slice(teaching, teaching + num_teaching)
+        return {name: over_teaching if name in OVER_TEACHING else tokens for name in self._stored}
+
+
+def teaching_in_document(loss_mask_T: Tensor) -> Tensor:
+    """bool [T]: which tokens of one document teach."""
+    return is_teaching(loss_mask_T, torch.zeros_like(loss_mask_T, dtype=torch.int32))
 
 
 def load_index(directory: Path) -> FeatureIndex:
-    """The index of a feature directory. Raises: ValueError if a shard is gone or has another size."""
-    index = FeatureIndex.model_validate_json((directory / INDEX_NAME).read_text(encoding="utf-8"))
+    """The index of a feature directory.
+
+    Raises: ValueError if it has another format, or if a shard is gone or has another size.
+    """
+    values = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8"))
+    if values["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{directory} has features in format {values['format_version']}, this version reads {FORMAT_VERSION}; "
+            "delete it and capture again"
+        )
+    index = FeatureIndex.model_validate(values)
     for shard in index.shards:
         path = directory / shard.name
         size_bytes = path.stat().st_size if path.exists() else 0
@@ -215,3 +270,32 @@ def load_target_config(directory: Path) -> dict[str, Any]:
     """The target's text config, as saved by `save_target`."""
     config: dict[str, Any] = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
     return config
+
+
+def _offsets(lengths: Iterable[int]) -> Tensor:
+    """int64, where each part begins, and where the last one ends."""
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def _encoded(document: Document, captured: TargetFeatures, dtype: FeatureDtype) -> dict[str, Tensor]:
+    """One document by field of `StoredDocument`."""
+    tensors = {
+        "input_ids": document.input_ids_T.int(),
+        "loss_mask": document.loss_mask_T,
+        "target_argmax": captured.argmax_U,
+        "target_logsumexp": captured.logsumexp_U,
+    }
+    if dtype == "float8":
+        tensors["aux_hidden"], tensors["aux_scale"] = quantised(captured.aux_hidden_TLD)
+        tensors["last_hidden"], tensors["last_scale"] = quantised(captured.last_hidden_UD)
+    else:
+        tensors["aux_hidden"] = captured.aux_hidden_TLD.to(getattr(torch, dtype))
+        tensors["last_hidden"] = captured.last_hidden_UD.to(getattr(torch, dtype))
+    return tensors
+
+
+def _file_offsets(path: Path, tensors: Iterable[Tensor]) -> list[int]:
+    """Where each tensor of a safetensors file begins. Args: tensors: all of them, in the file's order."""
+    with path.open("rb") as file:
+        header_bytes = 8 + int.from_bytes(file.read(8), "little")
+    return list(accumulate((tensor.nbytes for tensor in tensors), initial=header_bytes))[:-1]

@@ -1,7 +1,7 @@
 """What a target model is to the factory: something that generates, and something whose hidden states can be captured.
 
 "Layer i" always means the OUTPUT of decoder layer i, counted from 0: the residual stream after that layer, before any
-later norm. T tokens of one document, L captured layers, D target width.
+later norm. T tokens of one document, U teaching tokens of it, L captured layers, D target width.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,15 +37,24 @@ class Completion(NamedTuple):
     finish_reason: FinishReason
 
 
+class CaptureRequest(NamedTuple):
+    """A document to be read by the target."""
+
+    input_ids_T: Tensor
+    """int64"""
+    is_teaching_T: Tensor
+    """bool, the tokens whose last hidden state is wanted."""
+
+
 class TargetFeatures(NamedTuple):
     """What training reads of one document."""
 
     aux_hidden_TLD: Tensor
-    last_hidden_TD: Tensor
+    last_hidden_UD: Tensor
     """After the final norm."""
-    argmax_T: Tensor
+    argmax_U: Tensor
     """int32, greedy next token over the full vocabulary."""
-    logsumexp_T: Tensor
+    logsumexp_U: Tensor
     """float32, of the logits over the full vocabulary."""
 
 
@@ -59,7 +68,7 @@ class TargetBackend(Protocol):
         ...
 
     def capture(
-        self, documents: Iterable[Tensor], layers: tuple[int, ...], *, batch_tokens: int
+        self, requests: Iterable[CaptureRequest], layers: tuple[int, ...], *, batch_tokens: int
     ) -> Iterator[TargetFeatures]:
-        """Features of each document (int64 [T] on the CPU), in order, on the CPU."""
+        """Features of each document, in order; the request's tensors and the features are on the CPU."""
         ...

@@ -12,11 +12,18 @@ from transformers import PretrainedConfig
 
 from specforge_core.artifacts import HiddenStates
 from specforge_core.data.conversations import scan_columns
-from specforge_core.data.shards import Document, FeatureIndex, FeatureWriter, plan_shards, save_target
+from specforge_core.data.shards import (
+    Document,
+    FeatureIndex,
+    FeatureWriter,
+    plan_shards,
+    save_target,
+    teaching_in_document,
+)
 from specforge_core.drafts import ALGORITHMS
 from specforge_core.progress import progress
 from specforge_core.stages import CaptureSpec
-from specforge_core.targets import TargetFeatures
+from specforge_core.targets import CaptureRequest, TargetFeatures
 from specforge_core.targets.hf import HFTarget
 
 logger = logging.getLogger(__name__)
@@ -40,8 +47,8 @@ def main(spec: CaptureSpec, out: Path) -> HiddenStates:
         # Each shard is captured for itself, so its bytes do not depend on where an interrupted run went on.
         for planned in plan_shards(lengths, spec.features.tokens_per_shard)[len(finished) :]:
             batch = list(islice(documents, len(planned)))
-            input_ids = (document.input_ids_T for document in batch)
-            features = target.capture(input_ids, layers, batch_tokens=spec.batch_tokens)
+            requests = [CaptureRequest(doc.input_ids_T, teaching_in_document(doc.loss_mask_T)) for doc in batch]
+            features = target.capture(requests, layers, batch_tokens=spec.batch_tokens)
             writer.write(batch, _counted(features, bar))
     records = writer.index.shards
     facts = HiddenStates(
@@ -113,4 +120,4 @@ def _counted(features: Iterable[TargetFeatures], bar: Any) -> Iterator[TargetFea
     """The same, moving the bar by each document's tokens."""
     for captured in features:
         yield captured
-        bar.update(len(captured.argmax_T))
+        bar.update(len(captured.aux_hidden_TLD))

@@ -1,7 +1,7 @@
 """A target in this process: any `transformers` causal language model, on CPU or on one GPU.
 
-B rows of a padded batch, T tokens of one document, N real tokens of a batch, L captured layers, D target width,
-V target vocabulary.
+B rows of a padded batch, T tokens of one document, U teaching tokens of one document, N real tokens of a batch, M of
+these that teach, L captured layers, D target width, V target vocabulary.
 """
 
 import logging
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from specforge_core.decoding.speculative import generate
 from specforge_core.drafts.base import TargetHead
 from specforge_core.stages import ResolvedTarget
-from specforge_core.targets import Completion, GenerationRequest, Sampling, TargetFeatures
+from specforge_core.targets import CaptureRequest, Completion, GenerationRequest, Sampling, TargetFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -130,29 +130,29 @@ class HFTarget:
             yield generation.completion
 
     def capture(
-        self, documents: Iterable[Tensor], layers: tuple[int, ...], *, batch_tokens: int
+        self, requests: Iterable[CaptureRequest], layers: tuple[int, ...], *, batch_tokens: int
     ) -> Iterator[TargetFeatures]:
         """Features of each document, in order, on the CPU, hidden states in the target's dtype.
 
-        Args: documents: token ids [T], each at least one; layers: decoder layers, see `specforge_core.targets`;
+        Args: requests: documents of at least one token; layers: decoder layers, see `specforge_core.targets`;
         batch_tokens: size of a padded batch; a longer document is a batch of its own.
         Raises: ValueError for a layer that does not exist, or a head that `lm_head` refuses.
         """
         if unknown := [layer for layer in layers if not 0 <= layer < self.num_layers]:
             raise ValueError(f"layers {unknown} do not exist: the target has layers 0 to {self.num_layers - 1}")
-        for window in _windows(documents, WINDOW_BATCHES * batch_tokens):
+        for window in _windows(requests, WINDOW_BATCHES * batch_tokens):
             features: dict[int, TargetFeatures] = {}
-            for batch in _length_buckets([len(document) for document in window], batch_tokens):
+            for batch in _length_buckets([len(request.input_ids_T) for request in window], batch_tokens):
                 captured = self._capture_batch([window[i] for i in batch], layers)
                 features.update(zip(batch, captured, strict=True))
             yield from (features[i] for i in range(len(window)))
 
     @torch.inference_mode()
-    def _capture_batch(self, documents: list[Tensor], layers: tuple[int, ...]) -> list[TargetFeatures]:
+    def _capture_batch(self, requests: list[CaptureRequest], layers: tuple[int, ...]) -> list[TargetFeatures]:
         # Padding on the right: in a causal model no real token can see it, and positions count from 0.
-        input_ids_BT = pad_sequence([document.long() for document in documents], batch_first=True).to(self.device)
-        lengths_B = torch.tensor([len(document) for document in documents], device=self.device)
-        is_real_BT = torch.arange(input_ids_BT.shape[1], device=self.device) < lengths_B[:, None]
+        input_ids_BT = _padded([request.input_ids_T.long() for request in requests]).to(self.device)
+        is_real_BT = _padded([torch.ones_like(request.is_teaching_T) for request in requests]).to(self.device)
+        is_teaching_BT = _padded([request.is_teaching_T for request in requests]).to(self.device)
         hidden_by_layer: dict[int, Tensor] = {}
         modules = self.decoder_layers()
         hooks = [
@@ -163,13 +163,13 @@ class HFTarget:
         finally:
             for hook in hooks:
                 hook.remove()
-        last_hidden_ND = output.last_hidden_state[is_real_BT]
         aux_hidden_NLD = torch.stack([hidden_by_layer[layer] for layer in layers], dim=1)
-        argmax_N, logsumexp_N = greedy_and_normalizer(last_hidden_ND, self.lm_head.weight)
-        parts = (
-            tensor.cpu().split(lengths_B.tolist()) for tensor in (aux_hidden_NLD, last_hidden_ND, argmax_N, logsumexp_N)
-        )
-        return [TargetFeatures(*columns) for columns in zip(*parts, strict=True)]
+        last_hidden_MD = output.last_hidden_state[is_teaching_BT]
+        argmax_M, logsumexp_M = greedy_and_normalizer(last_hidden_MD, self.lm_head.weight)
+        aux_parts = aux_hidden_NLD.cpu().split([len(request.input_ids_T) for request in requests])
+        num_teaching = [int(request.is_teaching_T.sum()) for request in requests]
+        teaching_parts = (tensor.cpu().split(num_teaching) for tensor in (last_hidden_MD, argmax_M, logsumexp_M))
+        return [TargetFeatures(*columns) for columns in zip(aux_parts, *teaching_parts, strict=True)]
 
     def load_target_head(self) -> TargetHead:
         """The target's embedding, head and final norm, in its dtype, on the CPU; a tied pair stays one tensor."""
@@ -215,6 +215,11 @@ def float32_logits(hidden_ND: Tensor, lm_head_VD: Tensor) -> Tensor:
     return hidden_ND.float() @ lm_head_VD.float().T
 
 
+def _padded(rows: list[Tensor]) -> Tensor:
+    """[B, T], zeros behind each row."""
+    return pad_sequence(rows, batch_first=True)
+
+
 def _keep_rows(rows: dict[int, Tensor], layer: int, is_real_BT: Tensor) -> Callable[[nn.Module, Any, Any], None]:
     """A forward hook that puts a copy of the layer's hidden states at real tokens into `rows`."""
 
@@ -225,13 +230,13 @@ def _keep_rows(rows: dict[int, Tensor], layer: int, is_real_BT: Tensor) -> Calla
     return keep
 
 
-def _windows(documents: Iterable[Tensor], num_tokens: int) -> Iterator[list[Tensor]]:
-    """The documents in order, in lists that hold just `num_tokens` or more; the last one may hold less."""
-    window: list[Tensor] = []
+def _windows(requests: Iterable[CaptureRequest], num_tokens: int) -> Iterator[list[CaptureRequest]]:
+    """The requests in order, in lists that hold just `num_tokens` or more; the last one may hold less."""
+    window: list[CaptureRequest] = []
     held_tokens = 0
-    for document in documents:
-        window.append(document)
-        held_tokens += len(document)
+    for request in requests:
+        window.append(request)
+        held_tokens += len(request.input_ids_T)
         if held_tokens >= num_tokens:
             yield window
             window, held_tokens = [], 0

@@ -1,13 +1,26 @@
 import logging
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from specforge_core.data.loader import FeatureSet, plan_epoch, plan_steps, prefetched, rank_share
-from tests.data.feature_files import make_document, make_features, write_features
+from specforge_core.data.loader import (
+    FeatureSet,
+    StoredBatch,
+    dequantised,
+    plan_epoch,
+    plan_steps,
+    prefetched,
+    rank_share,
+)
+from specforge_core.drafts.base import DraftBatch
+from specforge_core.drafts.rows import index_rows
+from tests.data.feature_files import INDEX, make_document, make_features, write_features
 
 LENGTHS = [7, 5, 20, 1, 3, 9, 9, 14, 2, 6]
 BUDGET = 24
@@ -17,6 +30,19 @@ BUDGET = 24
 def features(tmp_path: Path) -> FeatureSet:
     write_features(tmp_path, LENGTHS, tokens_per_shard=30)
     return FeatureSet(tmp_path)
+
+
+def unprepared(batch: DraftBatch) -> DraftBatch:
+    return batch
+
+
+def with_rows(batch: DraftBatch) -> DraftBatch:
+    rows = index_rows(batch.loss_mask_T, batch.document_ids_T, batch.teaching_U, num_steps=2, rows_per_pass=8)
+    return batch._replace(rows=rows)
+
+
+def tensors(stored: StoredBatch) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(stored) if isinstance(leaf, Tensor)]
 
 
 def test_a_plan_has_every_document_once_and_no_batch_over_budget():
@@ -48,7 +74,8 @@ def test_a_document_over_budget_is_refused():
 
 def test_a_batch_is_its_documents_end_to_end(features: FeatureSet):
     numbers = [6, 0, 3]  # three shards, not in stored order; 9 + 7 + 1 tokens
-    batch = features.load_batch(numbers)
+    stored = features.load_batch(numbers)
+    batch = stored.batch
     documents = [make_document(number, LENGTHS[number]) for number in numbers]
     captured = [make_features(number, LENGTHS[number]) for number in numbers]
     assert batch.input_ids_T.tolist() == [*range(600, 609), *range(7), 300]
@@ -56,17 +83,52 @@ def test_a_batch_is_its_documents_end_to_end(features: FeatureSet):
     assert batch.document_ids_T.tolist() == [0] * 9 + [1] * 7 + [2]
     assert torch.equal(batch.loss_mask_T, torch.cat([document.loss_mask_T for document in documents]))
     assert torch.equal(batch.aux_hidden_TLD, torch.cat([c.aux_hidden_TLD for c in captured]).bfloat16())
-    assert torch.equal(batch.last_hidden_TD, torch.cat([c.last_hidden_TD for c in captured]).bfloat16())
-    assert torch.equal(batch.target_argmax_T, torch.cat([c.argmax_T for c in captured]).long())
-    assert torch.equal(batch.target_logsumexp_T, torch.cat([c.logsumexp_T for c in captured]))
-    assert [tensor.dtype for tensor in batch] == [
-        torch.int64, torch.bool, torch.int64, torch.int32, torch.bfloat16, torch.bfloat16, torch.int64, torch.float32,
-    ]  # fmt: skip
+    # Before tokens 1, 2, 4, 5, 7 and 8 of the first and 1, 2, 4 and 5 of the second; no last token teaches.
+    assert batch.teaching_U.tolist() == [0, 1, 3, 4, 6, 7, 9, 10, 12, 13]
+    assert torch.equal(batch.last_hidden_UD, torch.cat([c.last_hidden_UD for c in captured]).bfloat16())
+    assert torch.equal(batch.target_argmax_U, torch.cat([c.argmax_U for c in captured]).long())
+    assert torch.equal(batch.target_logsumexp_U, torch.cat([c.logsumexp_U for c in captured]))
+    assert {name: tensor.dtype for name, tensor in batch._asdict().items() if tensor is not None} == {
+        "input_ids_T": torch.int64,
+        "loss_mask_T": torch.bool,
+        "position_ids_T": torch.int64,
+        "document_ids_T": torch.int32,
+        "aux_hidden_TLD": torch.bfloat16,
+        "teaching_U": torch.int64,
+        "last_hidden_UD": torch.bfloat16,
+        "target_argmax_U": torch.int64,
+        "target_logsumexp_U": torch.float32,
+    }
+    assert dequantised(stored) is batch
+
+
+def test_a_batch_of_float8_is_multiplied_out_on_its_device(tmp_path: Path):
+    write_features(tmp_path, LENGTHS, tokens_per_shard=30, index=INDEX.model_copy(update={"dtype": "float8"}))
+    stored = FeatureSet(tmp_path).load_batch([6, 0])
+    assert stored.batch.aux_hidden_TLD.dtype == stored.batch.last_hidden_UD.dtype == torch.float8_e4m3fn
+    batch, captured = dequantised(stored), [make_features(6, 9), make_features(0, 7)]
+    assert batch.aux_hidden_TLD.dtype == batch.last_hidden_UD.dtype == torch.float32
+    # Three bits of mantissa are off by a sixteenth at most, and elements below 448 / 2^6 of the largest by more.
+    for restored, exact in (
+        (batch.aux_hidden_TLD, torch.cat([c.aux_hidden_TLD for c in captured])),
+        (batch.last_hidden_UD, torch.cat([c.last_hidden_UD for c in captured])),
+    ):
+        largest = exact.abs().amax(-1, keepdim=True)
+        assert ((restored - exact).abs() <= exact.abs() / 16 * (1 + 1e-6) + largest / 448 / 2**10).all()
+        assert not torch.equal(restored, exact)
+    assert batch.teaching_U is stored.batch.teaching_U
+
+
+def test_a_batch_without_a_token_that_teaches_is_loaded(features: FeatureSet):
+    batch = features.load_batch([3]).batch
+    assert batch.teaching_U.tolist() == []
+    assert batch.last_hidden_UD.shape == (0, 4)
 
 
 def test_an_epoch_gives_every_token_once(features: FeatureSet):
     plan = features.plan(range(len(LENGTHS)), BUDGET, seed=0, epoch=0)
-    tokens = [token for batch in features.batches(plan) for token in batch.input_ids_T.tolist()]
+    loaded = features.batches(plan, prepare=unprepared)
+    tokens = [token for stored in loaded for token in stored.batch.input_ids_T.tolist()]
     assert sorted(tokens) == sorted(100 * n + t for n, length in enumerate(LENGTHS) for t in range(length))
 
 
@@ -89,17 +151,53 @@ def test_resuming_in_an_epoch_gives_the_batches_of_the_undisturbed_run_and_reads
     write_features(tmp_path, LENGTHS, tokens_per_shard=30)
     undisturbed = FeatureSet(tmp_path)
     plan = undisturbed.plan(range(len(LENGTHS)), BUDGET, seed=5, epoch=2)
-    expected = list(undisturbed.batches(plan))
+    expected = list(undisturbed.batches(plan, prepare=with_rows))
     resumed = FeatureSet(tmp_path)
     loaded = []
     load_batch = resumed.load_batch
-    monkeypatch.setattr(resumed, "load_batch", lambda documents: loaded.append(documents) or load_batch(documents))
+    monkeypatch.setattr(
+        resumed, "load_batch", lambda documents, **options: loaded.append(documents) or load_batch(documents, **options)
+    )
     steps = plan_steps(resumed.plan(range(len(LENGTHS)), BUDGET, seed=5, epoch=2), per_step=1)
-    batches = list(resumed.batches(micro_batch for step in steps[2:] for micro_batch in step))
+    batches = list(resumed.batches((micro_batch for step in steps[2:] for micro_batch in step), prepare=with_rows))
     assert len(batches) == len(expected) - 2 > 0
-    assert loaded == plan[2:]
+    assert sorted(loaded) == sorted(plan[2:])
     for batch, undisturbed_batch in zip(batches, expected[2:], strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(batch, undisturbed_batch, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(tensors(batch), tensors(undisturbed_batch), strict=True))
+
+
+def test_batches_are_prepared_by_the_threads_that_load_them(features: FeatureSet):
+    threads = set()
+
+    def prepare(batch: DraftBatch) -> DraftBatch:
+        threads.add(threading.current_thread().name)
+        return with_rows(batch)
+
+    (stored,) = features.batches([[7, 4]], prepare=prepare)
+    assert all(name.startswith("prefetch") for name in threads)
+    assert stored.batch.rows is not None
+    # Slot 0 is supervised by tokens 1 and 2, and so on; the tokens of the second document start at 14.
+    slots = [slot for one_pass in stored.batch.rows.passes for slot in one_pass.slot_R.tolist()]
+    assert slots == [0, 3, 6, 9, 14]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
+def test_a_pinned_batch_is_pinned_as_a_whole_and_holds_the_same(tmp_path: Path, dtype: str):
+    write_features(tmp_path, LENGTHS, tokens_per_shard=30, index=INDEX.model_copy(update={"dtype": dtype}))
+    features = FeatureSet(tmp_path)
+    plan = [[6, 0, 3], [7, 4]]
+    pinned = list(features.batches(plan, prepare=with_rows, pin_memory=True))
+    plain = list(features.batches(plan, prepare=with_rows))
+    for a, b in zip(pinned, plain, strict=True):
+        assert all(tensor.is_pinned() for tensor in tensors(a))
+        for tensor, expected in zip(tensors(a), tensors(b), strict=True):
+            assert torch.equal(tensor.flatten().view(torch.uint8), expected.flatten().view(torch.uint8))
+        on_gpu = dequantised(tree_map_only(Tensor, lambda tensor: tensor.cuda(), a))
+        assert on_gpu.aux_hidden_TLD.dtype == torch.bfloat16
+        torch.testing.assert_close(
+            on_gpu.aux_hidden_TLD.cpu(), dequantised(b).aux_hidden_TLD.bfloat16(), rtol=0, atol=0
+        )
 
 
 def test_processes_share_a_step_and_a_short_last_step_leaves_some_without_work():
@@ -114,9 +212,17 @@ def test_long_documents_are_cut_and_it_is_said_once(tmp_path: Path, caplog: pyte
     write_features(tmp_path, LENGTHS, tokens_per_shard=30)
     features = FeatureSet(tmp_path, max_document_tokens=9)
     assert features.lengths == [7, 5, 9, 1, 3, 9, 9, 9, 2, 6]
-    assert features.load_batch([2, 3]).input_ids_T.tolist() == [*range(200, 209), 300]
+    batch = features.load_batch([2, 3]).batch
+    assert batch.input_ids_T.tolist() == [*range(200, 209), 300]
+    # Token 9 is a prompt's and not there any more, so 8 would not teach anyway; cut at 8, 7 does not teach any more.
+    assert batch.teaching_U.tolist() == [0, 1, 3, 4, 6, 7]
+    assert torch.equal(batch.last_hidden_UD, make_features(2, 20).last_hidden_UD[:6].bfloat16())
+    batch = FeatureSet(tmp_path, max_document_tokens=8).load_batch([2, 3]).batch
+    assert batch.teaching_U.tolist() == [0, 1, 3, 4, 6]
+    assert torch.equal(batch.last_hidden_UD, make_features(2, 20).last_hidden_UD[:5].bfloat16())
     assert [record.getMessage() for record in caplog.records] == [
-        "2 documents are cut at 9 tokens; 16 tokens are lost"  # 20 - 9 and 14 - 9
+        "2 documents are cut at 9 tokens; 16 tokens are lost",  # 20 - 9 and 14 - 9
+        "4 documents are cut at 8 tokens; 20 tokens are lost",  # 20 - 8, 14 - 8 and twice 9 - 8
     ]
 
 
@@ -137,18 +243,20 @@ def test_a_split_without_documents_on_one_side_is_refused(features: FeatureSet):
         features.split(1e-9)
 
 
-def test_batches_are_loaded_ahead_by_another_thread_in_order():
+def test_batches_are_loaded_ahead_by_other_threads_in_order():
     loaded, threads = [], set()
 
     def load(item: int) -> int:
         loaded.append(item)
         threads.add(threading.get_ident())
+        # So that later ones are done first.
+        time.sleep(0.002 * (item % 3 == 0))
         return -item
 
     results = prefetched(load, range(100))
     assert next(results) == 0
     assert list(results) == [-item for item in range(1, 100)]
-    assert loaded == list(range(100))
+    assert sorted(loaded) == list(range(100))
     assert threading.get_ident() not in threads
 
 

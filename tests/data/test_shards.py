@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from specforge_core.data.shards import (
+    Document,
     FeatureWriter,
     Shard,
     damaged_shards,
@@ -15,9 +17,11 @@ from specforge_core.data.shards import (
     load_target_head,
     plan_shards,
     save_target,
+    teaching_in_document,
 )
 from specforge_core.drafts.base import TargetHead
-from tests.data.feature_files import INDEX, make_document, make_features, write_features
+from specforge_core.targets import TargetFeatures
+from tests.data.feature_files import INDEX, make_document, make_features, teaching, write_features
 
 LENGTHS = (7, 5, 20, 1, 3)
 
@@ -42,18 +46,92 @@ def test_every_document_is_read_back_as_it_was_captured(tmp_path: Path):
             assert torch.equal(stored.input_ids, document.input_ids_T.int())
             assert torch.equal(stored.loss_mask, document.loss_mask_T)
             assert torch.equal(stored.aux_hidden, features.aux_hidden_TLD.bfloat16())
-            assert torch.equal(stored.last_hidden, features.last_hidden_TD.bfloat16())
-            assert torch.equal(stored.target_argmax, features.argmax_T)
-            assert torch.equal(stored.target_logsumexp, features.logsumexp_T)
+            assert torch.equal(stored.last_hidden, features.last_hidden_UD.bfloat16())
+            assert torch.equal(stored.target_argmax, features.argmax_U)
+            assert torch.equal(stored.target_logsumexp, features.logsumexp_U)
+            assert stored.aux_scale is None
+            assert stored.last_scale is None
             number += 1
     assert number == len(LENGTHS)
 
 
-def test_a_document_can_be_read_in_part(tmp_path: Path):
+def test_a_token_teaches_if_the_next_one_is_an_answer_s_token_of_its_document():
+    assert teaching_in_document(torch.tensor([1, 0, 1, 1, 0, 1]) == 1).tolist() == [
+        False,
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert teaching_in_document(torch.tensor([True])).tolist() == [False]
+
+
+def test_a_document_can_be_read_in_part_and_its_last_token_teaches_no_more(tmp_path: Path):
     write_features(tmp_path, LENGTHS, tokens_per_shard=12)
-    stored = Shard(tmp_path / "shard-00000.safetensors").read(1, 2)
-    assert stored.input_ids.tolist() == [100, 101]
-    assert stored.aux_hidden.shape == (2, 2, 4)
+    shard = Shard(tmp_path / "shard-00000.safetensors")
+    # Of five tokens 0, 1 and 3 teach, of the first four 0 and 1, of the first two 0.
+    assert teaching(5) == [0, 1, 3]
+    for num_tokens, num_teaching in ((5, 3), (4, 2), (2, 1), (1, 0)):
+        stored, features = shard.read(1, num_tokens), make_features(1, 5)
+        assert stored.input_ids.tolist() == list(range(100, 100 + num_tokens))
+        assert torch.equal(stored.aux_hidden, features.aux_hidden_TLD[:num_tokens].bfloat16())
+        assert torch.equal(stored.last_hidden, features.last_hidden_UD[:num_teaching].bfloat16())
+        assert torch.equal(stored.target_argmax, features.argmax_U[:num_teaching])
+
+
+def test_what_is_read_is_the_mapped_file_itself_and_no_copy(tmp_path: Path):
+    write_features(tmp_path, LENGTHS, tokens_per_shard=12)
+    shard = Shard(tmp_path / "shard-00000.safetensors")
+    whole, again = shard.read(1, 5), shard.read(1, 5)
+    assert whole.aux_hidden.data_ptr() == again.aux_hidden.data_ptr()
+    assert whole.last_hidden.data_ptr() == again.last_hidden.data_ptr()
+
+
+def test_reading_ahead_names_the_bytes_of_the_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_features(tmp_path, LENGTHS, tokens_per_shard=12)
+    content = (tmp_path / "shard-00000.safetensors").read_bytes()
+    named = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, start, size, advice: named.append(content[start : start + size])
+    )
+    Shard(tmp_path / "shard-00000.safetensors").read_ahead(1, 5)
+    document, features = make_document(1, 5), make_features(1, 5)
+    expected = [
+        document.input_ids_T.int(),
+        document.loss_mask_T,
+        features.aux_hidden_TLD.bfloat16(),
+        features.last_hidden_UD.bfloat16(),
+        features.argmax_U,
+        features.logsumexp_U,
+    ]
+    assert sorted(named) == sorted(bytes(tensor.flatten().view(torch.uint8).tolist()) for tensor in expected)
+
+
+def test_float8_features_are_stored_with_a_scale_for_each_vector(tmp_path: Path):
+    features = TargetFeatures(
+        # Largest elements 448, 896, 0, 7: scales 1, 2, none, 1/64.
+        aux_hidden_TLD=torch.tensor([[[448.0, 1.0, -17.0, 0.0], [896.0, 2.0, -2.25, 0.0]],
+                                     [[0.0, 0.0, 0.0, 0.0], [-7.0, 0.5, 0.25, 0.0]]]),
+        last_hidden_UD=torch.tensor([[224.0, 0.0, 0.0, -1.0]]),
+        argmax_U=torch.tensor([3], dtype=torch.int32),
+        logsumexp_U=torch.tensor([0.5]),
+    )  # fmt: skip
+    document = Document("only", torch.tensor([5, 6]), torch.tensor([False, True]))
+    FeatureWriter(tmp_path, INDEX.model_copy(update={"dtype": "float8"})).write([document], [features])
+    stored = Shard(tmp_path / "shard-00000.safetensors").read(0, 2)
+    assert stored.aux_hidden.dtype == stored.last_hidden.dtype == torch.float8_e4m3fn
+    assert stored.aux_scale is not None
+    assert stored.last_scale is not None
+    # Between 16 and 32 the format has steps of 2: 17 is a tie, which goes to the even 16.
+    assert stored.aux_hidden.float().tolist() == [
+        [[448.0, 1.0, -16.0, 0.0], [448.0, 1.0, -1.125, 0.0]],
+        [[0.0, 0.0, 0.0, 0.0], [-448.0, 32.0, 16.0, 0.0]],
+    ]
+    assert stored.aux_scale[:, 1].tolist() == [2.0, 2**-6]
+    assert stored.aux_scale[0, 0] == 1.0
+    assert stored.last_hidden.float().tolist() == [[448.0, 0.0, 0.0, -2.0]]
+    assert stored.last_scale.tolist() == [0.5]
 
 
 def test_the_file_format_is_what_the_module_says(tmp_path: Path):
@@ -63,12 +141,15 @@ def test_the_file_format_is_what_the_module_says(tmp_path: Path):
         "input_ids": ("torch.int32", (12,)),
         "loss_mask": ("torch.bool", (12,)),
         "aux_hidden": ("torch.bfloat16", (12, 2, 4)),
-        "last_hidden": ("torch.bfloat16", (12, 4)),
-        "target_argmax": ("torch.int32", (12,)),
-        "target_logsumexp": ("torch.float32", (12,)),
+        "last_hidden": ("torch.bfloat16", (7, 4)),
+        "target_argmax": ("torch.int32", (7,)),
+        "target_logsumexp": ("torch.float32", (7,)),
         "document_offsets": ("torch.int64", (3,)),
+        "teaching_offsets": ("torch.int64", (3,)),
     }
     assert tensors["document_offsets"].tolist() == [0, 7, 12]
+    # Before 1, 2, 4 and 5 of the first document, and 1, 2 and 4 of the second.
+    assert tensors["teaching_offsets"].tolist() == [0, 4, 7]
 
 
 def test_the_index_counts_what_its_shards_hold(tmp_path: Path):
@@ -108,6 +189,22 @@ def test_features_that_do_not_fit_their_documents_are_refused_and_leave_no_shard
     with pytest.raises(ValueError, match="zip"):
         writer.write([make_document(0, 5), make_document(1, 3)], [make_features(0, 5)])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_features_of_other_tokens_than_those_that_teach_are_refused(tmp_path: Path):
+    features = make_features(0, 5)
+    with pytest.raises(AssertionError, match="document-0: 1 rows of last_hidden for 3 tokens"):
+        FeatureWriter(tmp_path, INDEX).write(
+            [make_document(0, 5)], [features._replace(last_hidden_UD=features.last_hidden_UD[:1])]
+        )
+
+
+def test_features_of_an_older_format_are_refused_with_a_way_out(tmp_path: Path):
+    write_features(tmp_path, LENGTHS, tokens_per_shard=12)
+    index = json.loads((tmp_path / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps(index | {"format_version": 1}))
+    with pytest.raises(ValueError, match="features in format 1, this version reads 2; delete it and capture again"):
+        load_index(tmp_path)
 
 
 @pytest.mark.parametrize("damage", [os.remove, lambda path: os.truncate(path, 100)], ids=["gone", "cut short"])

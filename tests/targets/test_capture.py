@@ -79,8 +79,33 @@ def test_captured_features_are_those_of_a_plain_run(tmp_path: Path, tiny_target:
         for j, layer in enumerate(LAYERS):
             exact_TD = output.hidden_states[layer + 1][0]
             torch.testing.assert_close(stored.aux_hidden[:, j].double(), exact_TD, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(stored.last_hidden.double(), output.hidden_states[-1][0], rtol=1e-4, atol=1e-4)
-        assert stored.target_argmax.tolist() == output.logits[0].argmax(-1).tolist()
+        # The last token of the prompt teaches, and every one of the answer but the last.
+        exact_UD, logits_UV = output.hidden_states[-1][0, prompt - 1 : -1], output.logits[0, prompt - 1 : -1]
+        torch.testing.assert_close(stored.last_hidden.double(), exact_UD, rtol=1e-4, atol=1e-4)
+        assert stored.target_argmax.tolist() == logits_UV.argmax(-1).tolist()
+        torch.testing.assert_close(stored.target_logsumexp.double(), logits_UV.logsumexp(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_features_can_be_captured_in_float8(tmp_path: Path, tiny_target: ResolvedTarget):
+    conversations = make_conversations(tmp_path / "conversations", [(10, 20), (5, 30)])
+    spec = make_spec(tiny_target, conversations)
+    facts = {}
+    for dtype in ("float32", "float8"):
+        (tmp_path / dtype).mkdir()
+        features = spec.features.model_copy(update={"dtype": dtype})
+        facts[dtype] = capture.main(spec.model_copy(update={"features": features}), tmp_path / dtype)
+    assert facts["float8"] == facts["float32"].model_copy(update={"dtype": "float8"})
+    exact, stored = (Shard(tmp_path / dtype / "shard-00000.safetensors").read(0, 30) for dtype in facts)
+    assert stored.aux_scale is not None
+    assert stored.last_scale is not None
+    for values, scale, vectors in (
+        (stored.aux_hidden, stored.aux_scale, exact.aux_hidden),
+        (stored.last_hidden, stored.last_scale, exact.last_hidden),
+    ):
+        # The largest element of each vector becomes 448; an element is off by a sixteenth, or by 2^-10 of the scale.
+        torch.testing.assert_close(scale, vectors.abs().amax(-1) / 448)
+        error = (values.float() * scale.unsqueeze(-1) - vectors).abs()
+        assert (error <= torch.maximum(vectors.abs() / 16, scale.unsqueeze(-1) / 2**10) * (1 + 1e-5)).all()
 
 
 def test_training_needs_no_target_weights_beside_the_artifact(tmp_path: Path, tiny_target: ResolvedTarget):

@@ -1,4 +1,4 @@
-"""T tokens of a document, L captured layers, D target width, V target vocabulary."""
+"""T tokens of a document, U teaching tokens of it, L captured layers, D target width, V target vocabulary."""
 
 import copy
 from pathlib import Path
@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from specforge_core.stages import ResolvedTarget
-from specforge_core.targets import GenerationRequest, Sampling, TargetFeatures, hf
-from specforge_core.targets.hf import HFTarget, float32_logits
+from specforge_core.targets import CaptureRequest, GenerationRequest, Sampling, TargetFeatures, hf
+from specforge_core.targets.hf import HFTarget, float32_logits, greedy_and_normalizer
 from tests import tiny
 
 ALL_LAYERS = tuple(range(tiny.NUM_LAYERS))
@@ -36,6 +36,21 @@ def target(tiny_target: ResolvedTarget) -> HFTarget:
 def documents() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(0, 259, (length,), generator=generator) for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def requests(documents: list[Tensor]) -> list[CaptureRequest]:
+    """The documents, some of whose tokens teach: of the second one none, of the sixth the only one."""
+    generator = torch.Generator().manual_seed(1)
+    teaching = [torch.rand(length, generator=generator) < 0.6 for length in LENGTHS]
+    teaching[1][:] = False
+    teaching[5][:] = True
+    return [CaptureRequest(*request) for request in zip(documents, teaching, strict=True)]
+
+
+def whole(document_T: Tensor) -> CaptureRequest:
+    """A document of which every token teaches."""
+    return CaptureRequest(document_T, torch.ones_like(document_T, dtype=torch.bool))
 
 
 def run(model: Any, document_T: Tensor) -> Exact:
@@ -64,44 +79,63 @@ def worst(values: Tensor, exact_values: Tensor) -> float:
 
 @pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
 def test_features_are_those_of_a_plain_run_however_documents_are_batched(
-    target: HFTarget, documents: list[Tensor], exact: list[Exact], batch_tokens: int
+    target: HFTarget, requests: list[CaptureRequest], exact: list[Exact], batch_tokens: int
 ):
-    features = list(target.capture(documents, ALL_LAYERS, batch_tokens=batch_tokens))
-    assert [len(document) for document in documents] == [len(captured.argmax_T) for captured in features]
-    for document_T, captured, truth in zip(documents, features, exact, strict=True):
+    features = list(target.capture(requests, ALL_LAYERS, batch_tokens=batch_tokens))
+    assert [len(captured.aux_hidden_TLD) for captured in features] == list(LENGTHS)
+    for (document_T, teaches_T), captured, truth in zip(requests, features, exact, strict=True):
+        assert len(captured.last_hidden_UD) == len(captured.argmax_U) == len(captured.logsumexp_U) == teaches_T.sum()
         plain = run(target.model, document_T)
         # Twice the rounding error that float32 has without our code; 1e-6 where that happens to be nothing.
         assert worst(captured.aux_hidden_TLD, truth.layer_outputs_TLD) <= 2 * worst(plain[0], truth[0]) + 1e-6
-        assert worst(captured.last_hidden_TD, truth.last_hidden_TD) <= 2 * worst(plain[1], truth[1]) + 1e-6
+        if teaches_T.any():
+            plain_error = worst(plain.last_hidden_TD, truth.last_hidden_TD)
+            assert worst(captured.last_hidden_UD, truth.last_hidden_TD[teaches_T]) <= 2 * plain_error + 1e-6
 
 
 def test_head_times_last_hidden_are_the_logits_and_their_argmax_and_normalizer_are_stored(
-    target: HFTarget, documents: list[Tensor], exact: list[Exact], monkeypatch: pytest.MonkeyPatch
+    target: HFTarget, requests: list[CaptureRequest], exact: list[Exact], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(hf, "LOGIT_CHUNK_ELEMENTS", 7 * 259)
     head = target.load_target_head()
-    for captured, truth in zip(target.capture(documents, (1,), batch_tokens=128), exact, strict=True):
-        assert worst(captured.last_hidden_TD @ head.lm_head_VD.T, truth.logits_TV) < 1e-4
-        assert captured.argmax_T.tolist() == truth.logits_TV.argmax(-1).tolist()
-        assert worst(captured.logsumexp_T, truth.logits_TV.exp().sum(-1).log()) < 1e-4
-        assert (captured.argmax_T.dtype, captured.logsumexp_T.dtype) == (torch.int32, torch.float32)
+    features = target.capture(requests, (1,), batch_tokens=128)
+    for request, captured, truth in zip(requests, features, exact, strict=True):
+        logits_UV = truth.logits_TV[request.is_teaching_T]
+        torch.testing.assert_close((captured.last_hidden_UD @ head.lm_head_VD.T).double(), logits_UV, rtol=0, atol=1e-4)
+        assert captured.argmax_U.tolist() == logits_UV.argmax(-1).tolist()
+        torch.testing.assert_close(captured.logsumexp_U.double(), logits_UV.exp().sum(-1).log(), rtol=0, atol=1e-4)
+        assert (captured.argmax_U.dtype, captured.logsumexp_U.dtype) == (torch.int32, torch.float32)
 
 
-def test_layers_come_in_the_order_asked_for(target: HFTarget, documents: list[Tensor]):
-    forward = next(target.capture(documents[:1], (1, 4), batch_tokens=64))
-    backward = next(target.capture(documents[:1], (4, 1), batch_tokens=64))
+def test_the_head_sees_teaching_tokens_only(
+    target: HFTarget, requests: list[CaptureRequest], monkeypatch: pytest.MonkeyPatch
+):
+    num_rows = []
+
+    def counted(last_hidden_ND: Tensor, lm_head_VD: Tensor) -> tuple[Tensor, Tensor]:
+        num_rows.append(len(last_hidden_ND))
+        return greedy_and_normalizer(last_hidden_ND, lm_head_VD)
+
+    monkeypatch.setattr(hf, "greedy_and_normalizer", counted)
+    list(target.capture(requests, (1,), batch_tokens=128))
+    assert sum(num_rows) == sum(int(request.is_teaching_T.sum()) for request in requests) < sum(LENGTHS)
+
+
+def test_layers_come_in_the_order_asked_for(target: HFTarget, requests: list[CaptureRequest]):
+    forward = next(target.capture(requests[:1], (1, 4), batch_tokens=64))
+    backward = next(target.capture(requests[:1], (4, 1), batch_tokens=64))
     assert torch.equal(forward.aux_hidden_TLD.flip(1), backward.aux_hidden_TLD)
 
 
 def test_a_padded_batch_is_within_its_budget_unless_one_document_is_over_it(
-    tiny_target: ResolvedTarget, documents: list[Tensor]
+    tiny_target: ResolvedTarget, requests: list[CaptureRequest]
 ):
     target = HFTarget(tiny_target, device="cpu")
     shapes = []
     target.decoder.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    list(target.capture(documents, (0,), batch_tokens=64))
+    list(target.capture(requests, (0,), batch_tokens=64))
     # Longest first: 90 alone; 40 alone, since 2 x 40 > 64; 22 and 17; 17, 5 and 3, and without 1, since 4 x 17 > 64.
     assert [shape for shape in shapes if shape != (1, hf.PROBE_TOKENS)] == [(1, 90), (1, 40), (2, 22), (3, 17), (1, 1)]
 
@@ -113,7 +147,7 @@ def test_documents_are_read_window_by_window(target: HFTarget):
         nonlocal num_read
         while True:
             num_read += 1
-            yield torch.tensor([1, 2, 3, 4])
+            yield whole(torch.tensor([1, 2, 3, 4]))
 
     features = target.capture(endless(), (0,), batch_tokens=8)
     assert isinstance(next(features), TargetFeatures)
@@ -182,13 +216,13 @@ def test_other_architectures_need_no_code_of_their_own(tmp_path: Path, model_typ
     with torch.no_grad():
         output = target.model(document_T[None], output_hidden_states=True)
     # The second document makes the first one padded.
-    captured = next(target.capture([document_T, torch.arange(2, 37)], (0, 2), batch_tokens=100))
+    captured = next(target.capture([whole(document_T), whole(torch.arange(2, 37))], (0, 2), batch_tokens=100))
     assert len(target.decoder_layers()) == 4
     for j, layer in enumerate((0, 2)):
         torch.testing.assert_close(
             captured.aux_hidden_TLD[:, j], output.hidden_states[layer + 1][0], rtol=1e-4, atol=1e-5
         )
-    torch.testing.assert_close(captured.last_hidden_TD @ head.lm_head_VD.T, output.logits[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(captured.last_hidden_UD @ head.lm_head_VD.T, output.logits[0], rtol=1e-4, atol=1e-4)
     assert (head.lm_head_VD is head.embedding_VD) == bool(target.config.tie_word_embeddings)
 
 
@@ -213,7 +247,7 @@ def test_heads_that_a_draft_cannot_follow_are_refused(
 ):
     target = make_target(tmp_path, model_type, **options)
     with pytest.raises(ValueError, match=reason):
-        next(target.capture([torch.tensor([1, 2])], (0,), batch_tokens=8))
+        next(target.capture([whole(torch.tensor([1, 2]))], (0,), batch_tokens=8))
     with pytest.raises(ValueError, match=reason):
         target.load_target_head()
 
@@ -225,9 +259,9 @@ def test_scaled_hidden_states_before_the_head_are_refused(tiny_target: ResolvedT
         target.load_target_head()
 
 
-def test_a_layer_that_does_not_exist_is_refused(target: HFTarget, documents: list[Tensor]):
+def test_a_layer_that_does_not_exist_is_refused(target: HFTarget, requests: list[CaptureRequest]):
     with pytest.raises(ValueError, match=r"layers \[8\] do not exist: the target has layers 0 to 7"):
-        next(target.capture(documents, (1, 8), batch_tokens=64))
+        next(target.capture(requests, (1, 8), batch_tokens=64))
 
 
 def test_an_unknown_decoder_is_refused_with_what_was_found(tiny_target: ResolvedTarget):
@@ -247,12 +281,12 @@ def test_pickled_weights_are_refused(tiny_target_dir: Path, tmp_path: Path):
 
 
 @pytest.mark.gpu
-def test_bfloat16_capture_on_a_gpu_agrees_with_the_cpu(tiny_target: ResolvedTarget, documents: list[Tensor]):
+def test_bfloat16_capture_on_a_gpu_agrees_with_the_cpu(tiny_target: ResolvedTarget, requests: list[CaptureRequest]):
     spec = tiny_target.model_copy(update={"dtype": "bfloat16"})
-    on_cpu = HFTarget(spec, device="cpu").capture(documents, (1, 4), batch_tokens=128)
-    on_gpu = HFTarget(spec, device="cuda").capture(documents, (1, 4), batch_tokens=128)
+    on_cpu = HFTarget(spec, device="cpu").capture(requests, (1, 4), batch_tokens=128)
+    on_gpu = HFTarget(spec, device="cuda").capture(requests, (1, 4), batch_tokens=128)
     for expected, captured in zip(on_cpu, on_gpu, strict=True):
         assert captured.aux_hidden_TLD.device.type == "cpu"
         # Eight layers of bfloat16 rounding, in another order of summation.
-        torch.testing.assert_close(captured.last_hidden_TD, expected.last_hidden_TD, rtol=0.05, atol=0.3)
-        torch.testing.assert_close(captured.logsumexp_T, expected.logsumexp_T, rtol=0.02, atol=0.3)
+        torch.testing.assert_close(captured.last_hidden_UD, expected.last_hidden_UD, rtol=0.05, atol=0.3)
+        torch.testing.assert_close(captured.logsumexp_U, expected.logsumexp_U, rtol=0.02, atol=0.3)
