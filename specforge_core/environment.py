@@ -8,25 +8,36 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from specforge_core import __version__
 from specforge_core.artifacts import Environment
 from specforge_core.gpus import cpu_name
 
-VERSIONS_OF = ("specbundle", "torch", "transformers")
+VERSIONS_OF = ("torch", "transformers")
 
 
 def environment(*, num_threads: int, gpu: str | None, more_versions: Sequence[str] = ()) -> Environment:
     """What this process runs on.
 
-    Args: gpu: name of the GPU that it computes on; more_versions: packages that count beside the usual ones.
+    Args: gpu: name of the GPU that it computes on; more_versions: packages that count beside the usual ones. One that
+        is not installed is left out, as this project is where only its files lie.
     """
     return Environment(
         cpu=cpu_name(),
         num_threads=num_threads,
         gpu=gpu,
-        versions={name: importlib.metadata.version(name) for name in (*VERSIONS_OF, *more_versions)},
+        # A measurement may run from sources that are not installed.
+        versions={"specbundle": __version__}
+        | {name: importlib.metadata.version(name) for name in (*VERSIONS_OF, *more_versions)},
         commit=commit(),
         command=shlex.join(["python", *sys.orig_argv[1:]]),
     )
+
+
+def installed_version(package: str) -> str | None:
+    """The version of a package, None if it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
 
 
 def commit() -> str | None:

@@ -61,7 +61,7 @@ def residual_rms_norm_case(num_rows: int, width: int) -> Case:
         f"residual_rms_norm {num_rows} x {width}",
         norm.make_inputs,
         lambda x_RD, weight_D: residual_rms_norm(x_RD, weight_D, EPS),
-        lambda x_RD, weight_D: (rms_norm_reference(x_RD, weight_D, EPS), x_RD * 1),
+        lambda x_RD, weight_D: (rms_norm_reference(x_RD, weight_D, EPS), x_RD.view_as(x_RD)),
         shapes=norm.shapes,
         bytes=Work(2 * size * BFLOAT16, 4 * size * BFLOAT16),
         flops=Work(4 * size, 10 * size),
