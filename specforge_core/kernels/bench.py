@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Literal
@@ -23,11 +24,12 @@ from torch import Tensor
 from specforge_core.artifacts import Environment, Record, write_atomically
 from specforge_core.benchmark.report import markdown_table
 from specforge_core.environment import environment
-from specforge_core.kernels.cases import Case, all_cases, as_tuple, check, gradients_of
+from specforge_core.kernels.cases import Case, Inputs, all_cases, as_tuple, check, gradients_of
 
 logger = logging.getLogger(__name__)
 
-Direction = Literal["forward", "forward + backward"]
+Direction = Literal["forward", "forward + backward", "call"]
+"""A call, where gradients come with it or there are none."""
 Bound = Literal["memory", "arithmetic"]
 
 WARMUP_MS, REPEAT_MS = 25, 100
@@ -89,7 +91,7 @@ class KernelReport(Record):
     dtype: str
     rows: tuple[Row, ...]
     failures: dict[str, str]
-    """Cases that were wrong, and how."""
+    """Cases that were wrong or could not be checked, and why."""
     seconds: float
 
 
@@ -105,23 +107,20 @@ def measure_ceilings() -> Ceilings:
 
 
 def measure_case(case: Case, ceilings: Ceilings) -> tuple[Row, ...]:
-    """The rows of a case that is right. Raises: AssertionError if it is not."""
+    """The rows of a case. Raises: AssertionError if it is wrong."""
     device, dtype = torch.device("cuda"), torch.bfloat16
     check(case, device, dtype)
     # Shapes of another case must not count as recompilations of this one.
     torch._dynamo.reset()
     compiled = torch.compile(case.reference, dynamic=False) if case.has_compiled_rival else None
-    directions: tuple[Direction, ...] = ("forward", "forward + backward") if case.bytes.backward else ("forward",)
+    directions: tuple[Direction, ...] = ("forward", "forward + backward") if case.bytes.backward else ("call",)
     return tuple(_measure_row(case, compiled, direction, ceilings) for direction in directions)
 
 
 def _measure_row(case: Case, compiled: Callable[..., Any] | None, direction: Direction, ceilings: Ceilings) -> Row:
-    has_backward = direction == "forward + backward"
-
     def timing(function: Callable[..., Any]) -> Timing:
         inputs = case.make_inputs(torch.device("cuda"), torch.bfloat16)
-        call = forward_and_backward(function, inputs) if has_backward else forward(function, inputs)
-        return time_calls(captured(call).replay)
+        return time_calls(captured(CALLS[direction](function, inputs)).replay)
 
     def timing_of_rival(name: str, function: Callable[..., Any] | None) -> Timing | None:
         if function is None:
@@ -132,7 +131,8 @@ def _measure_row(case: Case, compiled: Callable[..., Any] | None, direction: Dir
             logger.warning("%s, %s: %s does not run: %s", case.name, direction, name, str(error).partition("\n")[0])
             return None
 
-    num_bytes, num_flops = (sum(work) if has_backward else work.forward for work in (case.bytes, case.flops))
+    works = (case.bytes, case.flops)
+    num_bytes, num_flops = (sum(work) if direction == "forward + backward" else work.forward for work in works)
     least_ms, bound = ceilings.bound(num_bytes, num_flops)
     return Row(
         case=case.name,
@@ -148,17 +148,12 @@ def _measure_row(case: Case, compiled: Callable[..., Any] | None, direction: Dir
     )
 
 
-def forward(function: Callable[..., Any], inputs: dict[str, Any]) -> Callable[[], None]:
+def forward(function: Callable[..., Any], inputs: Inputs) -> Callable[[], Any]:
     """A call without gradients."""
-
-    def call() -> None:
-        with torch.no_grad():
-            function(**inputs)
-
-    return call
+    return torch.no_grad()(partial(function, **inputs))
 
 
-def forward_and_backward(function: Callable[..., Any], inputs: dict[str, Any]) -> Callable[[], None]:
+def forward_and_backward(function: Callable[..., Any], inputs: Inputs) -> Callable[[], None]:
     """A call and its backward pass, which starts from gradients that are there."""
     leaves = [value for value in inputs.values() if isinstance(value, Tensor) and value.requires_grad]
 
@@ -174,7 +169,14 @@ def forward_and_backward(function: Callable[..., Any], inputs: dict[str, Any]) -
     return call
 
 
-def captured(call: Callable[[], None]) -> torch.cuda.CUDAGraph:
+CALLS: dict[Direction, Callable[[Callable[..., Any], Inputs], Callable[[], Any]]] = {
+    "forward": forward,
+    "forward + backward": forward_and_backward,
+    "call": lambda function, inputs: partial(function, **inputs),
+}
+
+
+def captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     """`call` as a CUDA graph. Raises: RuntimeError if it waits for the device."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -204,9 +206,9 @@ def measure(cases: Sequence[Case], made_on: Environment) -> KernelReport:
     for case in cases:
         try:
             rows += measure_case(case, ceilings)
-        except AssertionError as error:
+        except (AssertionError, torch.OutOfMemoryError) as error:
             failures[case.name] = str(error)
-            logger.error("%s is wrong and is not timed: %s", case.name, error)
+            logger.error("%s fails its check and is not timed: %s", case.name, error)
         torch.cuda.empty_cache()
         logger.info("%s: %.0f s since the start", case.name, time.monotonic() - started_at)
     return KernelReport(
@@ -224,7 +226,7 @@ def markdown(report: KernelReport) -> str:
     made_on, ceilings = report.environment, report.ceilings
     versions = ", ".join(f"{name} {version}" for name, version in made_on.versions.items())
     failures = "".join(
-        f"* **{name}** is wrong and was not timed: {message}\n" for name, message in report.failures.items()
+        f"* **{name}** failed its check and was not timed: {message}\n" for name, message in report.failures.items()
     )
     table = markdown_table([_cells(row) for row in report.rows])
     copy = f"{ceilings.copy_bytes_per_s / GIGA:,.0f} GB/s"

@@ -24,7 +24,10 @@ BACKWARD_FACTOR = 3.0
 
 
 class Work(NamedTuple):
-    """What the forward and the backward pass must at least do: bytes moved to and from memory, or FLOPs."""
+    """What the forward and the backward pass must at least do: bytes moved to and from memory, or FLOPs.
+
+    `backward` is 0 where gradients come with the call, or where there are none.
+    """
 
     forward: int
     backward: int
