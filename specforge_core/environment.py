@@ -18,8 +18,7 @@ VERSIONS_OF = ("torch", "transformers")
 def environment(*, num_threads: int, gpu: str | None, more_versions: Sequence[str] = ()) -> Environment:
     """What this process runs on.
 
-    Args: gpu: name of the GPU that it computes on; more_versions: packages that count beside the usual ones. One that
-        is not installed is left out, as this project is where only its files lie.
+    Args: gpu: name of the GPU that it computes on; more_versions: packages that count beside the usual ones.
     """
     return Environment(
         cpu=cpu_name(),
@@ -31,13 +30,6 @@ def environment(*, num_threads: int, gpu: str | None, more_versions: Sequence[st
         commit=commit(),
         command=shlex.join(["python", *sys.orig_argv[1:]]),
     )
-
-
-def installed_version(package: str) -> str | None:
-    """The version of a package, None if it is not installed."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return None
 
 
 def commit() -> str | None:
