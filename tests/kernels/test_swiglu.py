@@ -50,6 +50,9 @@ def test_rows_may_be_columns_of_something_wider(device: torch.device) -> None:
     wide = Numbers(device, torch.float32).normal(3, 400)
     for gate_up in (wide[:, 100:300], wide[:, ::2]):
         torch.testing.assert_close(swiglu(gate_up), swiglu_reference(gate_up))
+        for grad in (wide[:, :100], wide[:, ::4]):
+            actual = swiglu_backward(grad, gate_up, out=torch.empty(3, 200, device=device))
+            torch.testing.assert_close(actual, swiglu_backward_reference(grad, gate_up))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
