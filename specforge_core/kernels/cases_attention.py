@@ -92,7 +92,7 @@ def attention_case(
         make_inputs,
         lambda **inputs: ttt_attention(**_with_lists_of_own(inputs, num_own)),
         lambda **inputs: ttt_attention_reference(**_with_lists_of_own(inputs, num_own)),
-        shapes={"R": num_rows[-1], "T": num_tokens, "J": num_own, **heads._asdict()},
+        shapes=dict(zip("RTJNMC", (num_rows[-1], num_tokens, num_own, *heads), strict=True)),
         bytes=Work(
             2 * BFLOAT16 * (query_size + kv_size) + statistics, 4 * BFLOAT16 * (query_size + kv_size) + statistics
         ),

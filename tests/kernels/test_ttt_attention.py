@@ -197,7 +197,9 @@ def test_a_cuda_graph_replays_it_on_other_numbers_and_another_batch() -> None:
         output = case.op(**inputs)
         return [output, *torch.autograd.grad(output, [inputs[name] for name in leaves], torch.ones_like(output))]
 
+    # Compiling is not for capture.
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step(static)
     torch.cuda.synchronize()
