@@ -15,7 +15,7 @@ Inputs = dict[str, Any]
 """Arguments by name; trees of tensors are allowed. A tensor that requires a gradient is an argument of its own, and if
 its gradient is accumulated in place, the accumulator is the argument named `<name>_grad`, zero at first."""
 
-CASE_FILES = ("elementwise",)
+CASE_FILES = ("elementwise", "attention", "head")
 """What follows `cases_` in the names of the modules that define cases."""
 
 FORWARD_FACTOR = 2.0

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -13,18 +12,18 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-_forced: ContextVar[Literal["references", "interpreter"] | None] = ContextVar("forced", default=None)
+Implementation = Literal["references", "interpreter"]
+
+# Of the process and not of the context: autograd runs backward passes in threads of its own.
+_forced: Implementation | None = None
 
 
 def uses_triton(kernel: str, tensor: Tensor) -> bool:
-    """Whether `kernel` runs in Triton on this tensor; the first time that it cannot, the log says so.
-
-    Ask in the forward pass and keep the answer for the backward pass, which runs in a thread of autograd's.
-    """
+    """Whether `kernel` runs in Triton on this tensor; the first time that it cannot, the log says so."""
     # The kernels compute in float32: who asks in float64 wants more than that.
-    if _forced.get() == "references" or tensor.dtype == torch.float64:
+    if _forced == "references" or tensor.dtype == torch.float64:
         return False
-    if tensor.is_cuda or _forced.get() == "interpreter":
+    if tensor.is_cuda or _forced == "interpreter":
         return True
     _say_fallback(kernel, tensor.device.type)
     return False
@@ -58,12 +57,13 @@ def interpreter() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _force(implementation: Literal["references", "interpreter"]) -> Iterator[None]:
-    token = _forced.set(implementation)
+def _force(implementation: Implementation) -> Iterator[None]:
+    global _forced
+    before, _forced = _forced, implementation
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """Tests of which implementation runs."""
 
+import threading
+
 import pytest
 import torch
 import triton
@@ -40,6 +42,18 @@ def test_references_are_used_on_request_and_in_float64(device: torch.device) -> 
         assert not dispatch.uses_triton("sum", torch.zeros(1, device=device))
     assert not dispatch.uses_triton("sum", torch.zeros(1, device=device, dtype=torch.float64))
     assert dispatch.uses_triton("sum", torch.zeros(1, device=device))
+
+
+def test_a_request_holds_in_every_thread(device: torch.device) -> None:
+    # Autograd runs backward passes of a GPU in threads of its own.
+    answers: list[bool] = []
+    x = torch.zeros(1, device=device)
+    with dispatch.references():
+        thread = threading.Thread(target=lambda: answers.append(dispatch.uses_triton("sum", x)))
+        thread.start()
+        thread.join()
+    assert answers == [False]
+    assert dispatch.uses_triton("sum", x)
 
 
 def test_the_interpreter_refuses_kernels_that_were_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
