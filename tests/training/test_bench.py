@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from specforge_core.training.bench.lengths import (
     tilted_weights,
 )
 from specforge_core.training.bench.make_lengths import make_lengths
-from specforge_core.training.bench.measure import Card, TrainingPath
-from specforge_core.training.bench.parts import parts_of_trace
-from specforge_core.training.bench.paths import PATHS
+from specforge_core.training.bench.measure import Card, measure
+from specforge_core.training.bench.parts import parts_of_trace, profiled_parts
+from specforge_core.training.bench.paths import PATHS, TrainingPath
 from specforge_core.training.bench.results import TrainingBench
 from specforge_core.training.bench.run import OUT_OF_MEMORY, Settings, measured_rows
 from specforge_core.training.bench.shapes import SHAPES, RowCounts, Shape, count_rows, dense_flops, useful_flops
@@ -236,3 +237,24 @@ def test_a_run_leaves_result_report_and_plot(
     (tmp_path / "here.svg").unlink()
     assert run_bench("--plot", str(tmp_path / "here.json")) == 0
     assert (tmp_path / "here.svg").read_bytes() == plot
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_path_computes_one_loss_and_says_where_its_time_goes() -> None:
+    shape = Shape(256, 512, num_heads=4, num_kv_heads=2, head_dim=64, vocab_size=1000, draft_vocab_size=512)
+    device = torch.device("cuda")
+    batch = make_batch([(Turn(130, 200),), (Turn(40, 90), Turn(5, 20))], shape, seed=3, device=device)
+    losses = {}
+    for name, make in PATHS.items():
+        path = make(make_draft(shape, num_steps=4, seed=2, device=device), device)
+        inputs = path.load(batch)
+        losses[name] = float(path.step(inputs))
+        parts = profiled_parts(partial(path.step, inputs))
+        # The definition names no parts.
+        if name != "all-rows":
+            assert {"attention", "projections", "feed-forward", "head"} <= parts.keys(), name
+        timing = measure(path, batch, num_warm_ups=1, num_repeats=2)
+        assert timing.peak_bytes is not None
+        assert timing.peak_bytes > timing.weight_bytes + timing.gradient_bytes + timing.input_bytes
+    for name in PATHS:
+        assert losses[name] == pytest.approx(losses["all-rows"], rel=1e-2), name

@@ -64,12 +64,12 @@ def parts_of_trace(events: Iterable[TraceEvent]) -> dict[str, float]:
     timelines = {thread: Timeline(of_thread) for thread, of_thread in _by_thread(host).items()}
     part_of_node = _parts_of_nodes(host, timelines)
     launches = {
-        event["args"]["correlation"]: event for category in LAUNCH_CATEGORIES for event in by_category[category]
+        event["args"].get("correlation"): event for category in LAUNCH_CATEGORIES for event in by_category[category]
     }
     parts: defaultdict[str, float] = defaultdict(float)
     for category in GPU_CATEGORIES:
         for event in by_category[category]:
-            launch = launches.get(event["args"]["correlation"])
+            launch = launches.get(event["args"].get("correlation"))
             parts[_part(launch, timelines, part_of_node)] += event["dur"] / MICROSECONDS_PER_MS
     return {part: parts[part] for part in (*PARTS, OTHER) if part in parts}
 
