@@ -137,7 +137,8 @@ def _maximum_and_logsumexp(row_ptr, W: tl.constexpr, BLOCK: tl.constexpr):
     return top, top + tl.log(tl.sum(total * tl.exp(maximum - top), axis=0))
 
 
-@triton.jit
+# What is read one number at a time needs no alignment, which may differ from pass to pass.
+@triton.jit(do_not_specialize_on_alignment=["logsumexp_ptr"])
 def _target_kernel(
     logits_ptr, logsumexp_ptr, kept_mass_ptr, W: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -152,7 +153,10 @@ def _target_kernel(
         tl.store(row_ptr + column, tl.exp(z - logsumexp), mask=column < W)
 
 
-@triton.jit(do_not_specialize=["first_slot", "num_steps", "num_slots"])
+@triton.jit(
+    do_not_specialize=["first_slot", "num_steps", "num_slots"],
+    do_not_specialize_on_alignment=["argmax_ptr", "teacher_ptr", "depth_ptr"],
+)
 def _loss_kernel(
     logits_ptr, probability_ptr, kept_mass_ptr, argmax_ptr, teacher_ptr, depth_ptr, sums_ptr, step_weights,
     first_slot, num_steps, num_slots, W: tl.constexpr, BLOCK: tl.constexpr, WITH_GRADIENT: tl.constexpr,
