@@ -27,7 +27,7 @@ OPEN_BATCHES = 32
 """Batches that are filled side by side; more of them waste less room and scatter the shuffled order no further."""
 BATCHES_AHEAD = 2
 LOADING_THREADS = 2
-"""Each loads a batch of its own: one thread copies at half of the speed of memory, and waits for the disk alone."""
+"""Each loads a batch of its own: the disk does not rest while one batch is copied or its rows are indexed."""
 
 ItemT = TypeVar("ItemT")
 LoadedT = TypeVar("LoadedT")
@@ -99,8 +99,6 @@ class FeatureSet:
         """
         lengths = [self.lengths[document] for document in documents]
         places = [(*self._places[document], length) for document, length in zip(documents, lengths, strict=True)]
-        for shard, number, length in places:
-            shard.read_ahead(number, length)
         fields = zip(*(shard.read(number, length) for shard, number, length in places), strict=True)
         stored = StoredDocument(*(_joined(parts, pin_memory) for parts in fields))
         document_ids_T = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths))

@@ -16,7 +16,7 @@ T tokens of a shard or of a document, U teaching tokens of it, L captured layers
 import json
 import os
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,11 +169,9 @@ class Shard:
     """One shard, memory-mapped: only what is read comes from the disk."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         file = safe_open(path, framework="pt")
         # Each tensor is a view of the mapped file; of the large ones nothing is read yet.
-        tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
-        self._file_offsets = dict(zip(tensors, _file_offsets(path, tensors.values()), strict=True))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         self._token_offsets: list[int] = tensors.pop(TOKEN_OFFSETS).tolist()
         self._teaching_offsets: list[int] = tensors.pop(TEACHING_OFFSETS).tolist()
         self._stored = tensors
@@ -189,29 +187,13 @@ class Shard:
 
         In a document that is cut so, the last token does not teach any more.
         """
-        rows = self._rows(document, num_tokens)
-        return StoredDocument(**{name: tensor[rows[name]] for name, tensor in self._stored.items()})
-
-    def read_ahead(self, document: int, num_tokens: int) -> None:
-        """Have the system fetch what `read` gives, without waiting for it.
-
-        Touched page by page, a mapping leaves the disk idle in between.
-        """
-        if not hasattr(os, "posix_fadvise"):  # macOS
-            return
-        with self._path.open("rb") as file:
-            for name, rows in self._rows(document, num_tokens).items():
-                row_bytes = self._stored[name].stride(0) * self._stored[name].itemsize
-                start, size = self._file_offsets[name] + rows.start * row_bytes, (rows.stop - rows.start) * row_bytes
-                os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
-
-    def _rows(self, document: int, num_tokens: int) -> dict[str, slice]:
-        """By tensor, the rows of a document's first tokens."""
         token, teaching = self._token_offsets[document], self._teaching_offsets[document]
         tokens = slice(token, token + num_tokens)
         num_teaching = int(teaching_in_document(self._stored["loss_mask"][tokens]).sum())
         over_teaching = slice(teaching, teaching + num_teaching)
-        return {name: over_teaching if name in OVER_TEACHING else tokens for name in self._stored}
+        return StoredDocument(
+            **{name: part[over_teaching if name in OVER_TEACHING else tokens] for name, part in self._stored.items()}
+        )
 
 
 def teaching_in_document(loss_mask_T: Tensor) -> Tensor:
@@ -278,7 +260,7 @@ def _offsets(lengths: Iterable[int]) -> Tensor:
 
 
 def _encoded(document: Document, captured: TargetFeatures, dtype: FeatureDtype) -> dict[str, Tensor]:
-    """One document by field of `StoredDocument`."""
+    """One document by field of `StoredDocument`. Features stay on their device: float8 takes a CPU longer than the copy."""
     tensors = {
         "input_ids": document.input_ids_T.int(),
         "loss_mask": document.loss_mask_T,
@@ -292,10 +274,3 @@ def _encoded(document: Document, captured: TargetFeatures, dtype: FeatureDtype) 
         tensors["aux_hidden"] = captured.aux_hidden_TLD.to(getattr(torch, dtype))
         tensors["last_hidden"] = captured.last_hidden_UD.to(getattr(torch, dtype))
     return tensors
-
-
-def _file_offsets(path: Path, tensors: Iterable[Tensor]) -> list[int]:
-    """Where each tensor of a safetensors file begins. Args: tensors: all of them, in the file's order."""
-    with path.open("rb") as file:
-        header_bytes = 8 + int.from_bytes(file.read(8), "little")
-    return list(accumulate((tensor.nbytes for tensor in tensors), initial=header_bytes))[:-1]

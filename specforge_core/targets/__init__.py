@@ -70,5 +70,5 @@ class TargetBackend(Protocol):
     def capture(
         self, requests: Iterable[CaptureRequest], layers: tuple[int, ...], *, batch_tokens: int
     ) -> Iterator[TargetFeatures]:
-        """Features of each document, in order; the request's tensors and the features are on the CPU."""
+        """Features of each document, in order, on whatever device; the requests are on the CPU."""
         ...

@@ -132,7 +132,7 @@ class HFTarget:
     def capture(
         self, requests: Iterable[CaptureRequest], layers: tuple[int, ...], *, batch_tokens: int
     ) -> Iterator[TargetFeatures]:
-        """Features of each document, in order, on the CPU, hidden states in the target's dtype.
+        """Features of each document, in order, on the target's device, hidden states in its dtype.
 
         Args: requests: documents of at least one token; layers: decoder layers, see `specforge_core.targets`;
         batch_tokens: size of a padded batch; a longer document is a batch of its own.
@@ -166,9 +166,9 @@ class HFTarget:
         aux_hidden_NLD = torch.stack([hidden_by_layer[layer] for layer in layers], dim=1)
         last_hidden_MD = output.last_hidden_state[is_teaching_BT]
         argmax_M, logsumexp_M = greedy_and_normalizer(last_hidden_MD, self.lm_head.weight)
-        aux_parts = aux_hidden_NLD.cpu().split([len(request.input_ids_T) for request in requests])
+        aux_parts = aux_hidden_NLD.split([len(request.input_ids_T) for request in requests])
         num_teaching = [int(request.is_teaching_T.sum()) for request in requests]
-        teaching_parts = (tensor.cpu().split(num_teaching) for tensor in (last_hidden_MD, argmax_M, logsumexp_M))
+        teaching_parts = (tensor.split(num_teaching) for tensor in (last_hidden_MD, argmax_M, logsumexp_M))
         return [TargetFeatures(*columns) for columns in zip(aux_parts, *teaching_parts, strict=True)]
 
     def load_target_head(self) -> TargetHead:

@@ -19,13 +19,14 @@ def test_the_format_s_steps_are_what_is_lost():
     assert restored.tolist() == [448.0, 288.0, 320.0, 20.0, 1.125, 1.0, 2**-9, 0.0]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e4, 1e30])
-def test_an_element_is_off_by_a_sixteenth_of_itself_at_most_or_by_a_little_of_the_scale(size: float):
+def test_an_element_is_off_by_a_sixteenth_of_itself_at_most_or_by_a_little_of_the_scale(size: float, device: str):
     generator = torch.Generator().manual_seed(0)
     vectors = size * torch.randn(100, 512, generator=generator)
     # Outliers, as hidden states have them.
     vectors[:, 7] *= 100
-    scaled = quantised(vectors)
+    scaled = ScaledFloat8(*(tensor.cpu() for tensor in quantised(vectors.to(device))))
     error = (scaled.values.double() * scaled.scale.double().unsqueeze(-1) - vectors.double()).abs()
     # 1e-6: the division and the scale are rounded too.
     bound = torch.maximum(vectors.double().abs() / 16, scaled.scale.double().unsqueeze(-1) / 2**10) * (1 + 1e-6)
@@ -44,3 +45,12 @@ def test_bfloat16_vectors_are_scaled_in_float32():
     vectors = torch.randn(10, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert quantised(vectors).scale.dtype == torch.float32
     assert torch.equal(quantised(vectors).values.float(), quantised(vectors.float()).values.float())
+
+
+@pytest.mark.gpu
+def test_multiplying_out_takes_no_memory_beside_the_result():
+    scaled = quantised(torch.randn(1024, 3, 4096, device="cuda"))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    restored = dequantised(scaled, torch.bfloat16)
+    assert torch.cuda.max_memory_allocated() - before <= restored.nbytes + 2**20
