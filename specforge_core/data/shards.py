@@ -260,7 +260,7 @@ def _offsets(lengths: Iterable[int]) -> Tensor:
 
 
 def _encoded(document: Document, captured: TargetFeatures, dtype: FeatureDtype) -> dict[str, Tensor]:
-    """One document by field of `StoredDocument`. Features stay on their device: float8 takes a CPU longer than the copy."""
+    """One document by field of `StoredDocument`, features on their device: a CPU takes long to make float8 of them."""
     tensors = {
         "input_ids": document.input_ids_T.int(),
         "loss_mask": document.loss_mask_T,
