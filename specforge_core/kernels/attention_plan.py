@@ -1,12 +1,12 @@
 """Which blocks of keys a tile of query rows meets, and which tiles a block of keys, found on the CPU ahead of time.
 
 Rows that a pass sorts by depth come in a few runs of ascending tokens, so what a tile meets are a few contiguous ranges
-of blocks: kernels loop over ranges, and skip everything else. Ranges that all rows of a tile see in full need no mask.
+of blocks: kernels loop over ranges, and skip everything else.
 
 R rows of a pass, T tokens of the packed batch.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,19 +20,19 @@ BLOCK = 128
 
 
 class AttentionPlan(NamedTuple):
-    """The same facts from both sides, int32. Ranges of tile i that need no mask are offsets[2i] to offsets[2i+1] - 1,
-    those that need one offsets[2i+1] to offsets[2i+2] - 1; a range is its first block and the one behind its last."""
+    """What meets, seen from both sides, int32. A range is its first tile or block and the one behind its last."""
 
     tile_order: Tensor
     """[R / TILE], tiles of query rows, those that meet most blocks first: the device ends without stragglers."""
     tile_offsets: Tensor
-    """[2 R / TILE + 1]."""
+    """[R / TILE + 1]: tile i meets ranges offsets[i] to offsets[i + 1] - 1."""
     tile_ranges: Tensor
     """[ranges and some unused, 2], ranges of blocks."""
     block_order: Tensor
     """[T / BLOCK], blocks of keys, those that meet most tiles first."""
     block_offsets: Tensor
-    """[2 T / BLOCK + 1]."""
+    """[2 T / BLOCK + 1]: all rows of the tiles in ranges offsets[2i] to offsets[2i + 1] - 1 see all of block i, and
+    some rows of those in ranges offsets[2i + 1] to offsets[2i + 2] - 1 see some of it."""
     block_ranges: Tensor
     """[ranges and some unused, 2], ranges of tiles."""
     start: Tensor
@@ -56,10 +56,17 @@ def plan_attention(start_R: Tensor, slot_R: Tensor, num_tokens: int) -> Attentio
     num_meeting = _count_rows(start // BLOCK, slot // BLOCK + 1, num_blocks)
     num_in_full = _count_rows(-(-start // BLOCK), (slot + 1) // BLOCK, num_blocks)
     is_full = num_in_full == TILE
-    kinds = np.stack((is_full, (num_meeting > 0) & ~is_full), axis=1)
-    return AttentionPlan(
-        *_half_plan(kinds), *_half_plan(kinds.transpose(2, 1, 0)), start=_as_int32(start), slot=_as_int32(slot)
+    meets = num_meeting > 0
+    tile_offsets, tile_ranges = _ranges(meets)
+    block_offsets, block_ranges = _ranges(
+        np.stack((is_full.T, (meets & ~is_full).T), axis=1).reshape(2 * num_blocks, num_tiles)
     )
+    parts = (
+        *(_most_first(meets), tile_offsets, tile_ranges),
+        *(_most_first(meets.T), block_offsets, block_ranges),
+        *(start, slot),
+    )
+    return AttentionPlan(*(torch.from_numpy(part.astype(np.int32)) for part in parts))
 
 
 def _count_rows(first: npt.NDArray[np.int64], end: npt.NDArray[np.int64], num_blocks: int) -> npt.NDArray[np.int64]:
@@ -73,22 +80,21 @@ def _count_rows(first: npt.NDArray[np.int64], end: npt.NDArray[np.int64], num_bl
     return (begins - ends).reshape(-1, width).cumsum(axis=1)[:, :-1]
 
 
-def _half_plan(kinds: npt.NDArray[np.bool_]) -> tuple[Tensor, Tensor, Tensor]:
-    """Order, offsets and ranges from a table [rows, full or masked, columns] of what meets."""
-    order = np.argsort(-kinds.sum(axis=(1, 2)), kind="stable")
-    lines = kinds.reshape(2 * len(kinds), kinds.shape[2])
+def _most_first(meets: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """The lines of the table, those that meet most first."""
+    return np.argsort(-meets.sum(axis=1), kind="stable")
+
+
+def _ranges(lines: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Offsets and ranges of the columns that are set in each line."""
     edges = np.diff(lines.astype(np.int8), axis=1, prepend=0, append=0)
     line, first = np.nonzero(edges == 1)
     _, end = np.nonzero(edges == -1)
     offsets = np.concatenate(([0], np.bincount(line, minlength=len(lines)).cumsum()))
-    # A full and two masked ranges are the rule; room for more keeps the shape from batch to batch.
-    capacity = 4 * max(1, len(kinds))
+    # One range or two are the rule; room for more keeps the shape from batch to batch.
+    capacity = 4 * max(1, len(lines))
     while capacity < len(first):
         capacity *= 2
-    ranges = np.zeros((capacity, 2))
+    ranges = np.zeros((capacity, 2), dtype=np.int64)
     ranges[: len(first)] = np.stack((first, end), axis=1)
-    return _as_int32(order), _as_int32(offsets), _as_int32(ranges)
-
-
-def _as_int32(x: npt.NDArray[Any]) -> Tensor:
-    return torch.from_numpy(x.astype(np.int32))
+    return offsets, ranges

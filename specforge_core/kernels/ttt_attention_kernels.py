@@ -19,25 +19,25 @@ _BLOCK = tl.constexpr(BLOCK)
 
 @triton.jit
 def _attend(
-    state, query, keys, values, column, start, slot, ranges, first, last,
-    SCALE: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    output, maximum, total, query, keys, values, column, start, slot, ranges, first, last,
+    SCALE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The running output, maximum and sum after the key blocks of ranges first to last - 1."""
-    output, maximum, total = state
+    last_start, first_slot = tl.max(start, 0), tl.min(slot, 0)
     for i in range(first, last):
         begin = tl.load(ranges + 2 * i) * (_BLOCK // KEYS)
         end = tl.load(ranges + 2 * i + 1) * (_BLOCK // KEYS)
         for block in tl.range(begin, end):
-            key = keys.load([block * KEYS, column])
-            logits = tl.dot(query, key.T, input_precision="ieee")
-            if MASKED:
-                token = block * KEYS + tl.arange(0, KEYS)[None, :]
+            first_token = block * KEYS
+            logits = tl.dot(query, keys.load([first_token, column]).T, input_precision="ieee")
+            if (first_token < last_start) | (first_token + KEYS - 1 > first_slot):
+                token = first_token + tl.arange(0, KEYS)[None, :]
                 logits = tl.where((token >= start[:, None]) & (token <= slot[:, None]), logits, float("-inf"))
             new_maximum = tl.maximum(maximum, tl.max(logits, 1) * SCALE)
             weight = tl.exp2(logits * SCALE - new_maximum[:, None])
             shrink = tl.exp2(maximum - new_maximum)
             total = total * shrink + tl.sum(weight, 1)
-            value = values.load([block * KEYS, column])
+            value = values.load([first_token, column])
             output = tl.dot(weight.to(value.dtype), value, output * shrink[:, None], input_precision="ieee")
             maximum = new_maximum
     return output, maximum, total
@@ -77,16 +77,10 @@ def forward_kernel(
         output = output * shrink[:, None] + weight[:, None] * value.to(tl.float32)
         maximum = new_maximum
     start, slot = tl.load(starts + row), tl.load(slots + row)
-    first_full = tl.load(tile_offsets + 2 * tile)
-    first_masked = tl.load(tile_offsets + 2 * tile + 1)
-    end = tl.load(tile_offsets + 2 * tile + 2)
-    state = (output, maximum, total)
-    state = _attend(
-        state, query, keys, values, column, start, slot, tile_ranges, first_full, first_masked, SCALE, False, ROWS, KEYS
-    )
     output, maximum, total = _attend(
-        state, query, keys, values, column, start, slot, tile_ranges, first_masked, end, SCALE, True, ROWS, KEYS
-    )
+        output, maximum, total, query, keys, values, column, start, slot, tile_ranges,
+        tl.load(tile_offsets + tile), tl.load(tile_offsets + tile + 1), SCALE, KEYS,
+    )  # fmt: skip
     outputs.store([first_row, head * C], (output / total[:, None]).to(query.dtype))
     # Infinite behind the last row: the backward kernels then give such rows no weight without looking at their number.
     padded_rows = tl.cdiv(num_rows, _TILE) * _TILE
@@ -140,18 +134,20 @@ def grad_own_kernel(
 @triton.jit
 def _add_grad_query(
     dq, query, do, keys, values, column, lse, delta, start, slot, ranges, first, last,
-    SCALE: tl.constexpr, MASKED: tl.constexpr, KEYS: tl.constexpr,
+    SCALE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dq, not yet scaled, after the key blocks of ranges first to last - 1."""
+    last_start, first_slot = tl.max(start, 0), tl.min(slot, 0)
     for i in range(first, last):
         begin = tl.load(ranges + 2 * i) * (_BLOCK // KEYS)
         end = tl.load(ranges + 2 * i + 1) * (_BLOCK // KEYS)
         for block in tl.range(begin, end):
-            key = keys.load([block * KEYS, column])
-            value = values.load([block * KEYS, column])
+            first_token = block * KEYS
+            key = keys.load([first_token, column])
+            value = values.load([first_token, column])
             weight = tl.exp2(tl.dot(query, key.T, input_precision="ieee") * SCALE - lse[:, None])
-            if MASKED:
-                token = block * KEYS + tl.arange(0, KEYS)[None, :]
+            if (first_token < last_start) | (first_token + KEYS - 1 > first_slot):
+                token = first_token + tl.arange(0, KEYS)[None, :]
                 weight = tl.where((token >= start[:, None]) & (token <= slot[:, None]), weight, 0.0)
             dweight = tl.dot(do, value.T, input_precision="ieee")
             dlogit = (weight * (dweight - delta[:, None])).to(key.dtype)
@@ -179,16 +175,9 @@ def grad_query_kernel(
     start, slot = tl.load(starts + row), tl.load(slots + row)
     query = queries.load([first_row, head * C])
     do = grad_outputs.load([first_row, head * C])
-    first_full = tl.load(tile_offsets + 2 * tile)
-    first_masked = tl.load(tile_offsets + 2 * tile + 1)
-    end = tl.load(tile_offsets + 2 * tile + 2)
     dq = _add_grad_query(
-        tl.zeros([ROWS, C], tl.float32), query, do, keys, values, column, lse, delta, start, slot,
-        tile_ranges, first_full, first_masked, SCALE, False, KEYS,
-    )  # fmt: skip
-    dq = _add_grad_query(
-        dq, query, do, keys, values, column, lse, delta, start, slot,
-        tile_ranges, first_masked, end, SCALE, True, KEYS,
+        tl.zeros([ROWS, C], tl.float32), query, do, keys, values, column, lse, delta, start, slot, tile_ranges,
+        tl.load(tile_offsets + tile), tl.load(tile_offsets + tile + 1), SCALE, KEYS,
     )  # fmt: skip
     dq *= SCALE / _LOG2_E
     if HAS_OWN:

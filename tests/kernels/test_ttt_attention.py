@@ -230,30 +230,33 @@ def test_the_plan_names_every_block_that_a_tile_meets_and_no_other(documents: li
     meeting = torch.tensor([[bool(part.any()) for part in tile] for tile in tiles])
     # Behind the last token a block has nothing to be seen, so it is not seen in full.
     full = torch.tensor([[bool(part.all()) and part.shape[1] == BLOCK for part in tile] for tile in tiles])
-    sides = [
-        (plan.tile_order, plan.tile_offsets, plan.tile_ranges, meeting, full),
-        (plan.block_order, plan.block_offsets, plan.block_ranges, meeting.T, full.T),
-    ]
-    for order, offsets, ranges, meets, sees_all in sides:
-        for i in range(len(meets)):
-            unmasked, masked = (
-                [x for a, b in ranges[offsets[2 * i + k] : offsets[2 * i + k + 1]].tolist() for x in range(a, b)]
-                for k in (0, 1)
-            )
-            assert unmasked == sees_all[i].nonzero().squeeze(1).tolist()
-            assert masked == (meets[i] & ~sees_all[i]).nonzero().squeeze(1).tolist()
+
+    def in_ranges(line: int, offsets: Tensor, ranges: Tensor) -> list[int]:
+        return [x for first, end in ranges[offsets[line] : offsets[line + 1]].tolist() for x in range(first, end)]
+
+    for i, line in enumerate(meeting):
+        assert in_ranges(i, plan.tile_offsets, plan.tile_ranges) == line.nonzero().squeeze(1).tolist()
+    for i in range(meeting.shape[1]):
+        seen_in_full = full[:, i].nonzero().squeeze(1).tolist()
+        seen_in_part = (meeting & ~full)[:, i].nonzero().squeeze(1).tolist()
+        assert in_ranges(2 * i, plan.block_offsets, plan.block_ranges) == seen_in_full
+        assert in_ranges(2 * i + 1, plan.block_offsets, plan.block_ranges) == seen_in_part
+    for order, meets in ((plan.tile_order, meeting), (plan.block_order, meeting.T)):
         assert sorted(order.tolist()) == list(range(len(meets)))
         work = meets.sum(1)[order.long()]
         assert (work[:-1] >= work[1:]).all()
 
 
-def test_the_plan_of_a_long_document_masks_the_diagonal_alone() -> None:
+def test_the_plan_of_a_long_document_is_one_range_per_tile_and_a_mask_for_the_diagonal() -> None:
     rows = supervised_rows([Document(4 * BLOCK, 4 * BLOCK)], 1)
     plan = plan_attention(rows.start_R, rows.slot_R, 4 * BLOCK)
-    # Tile i sees blocks 0 to i - 1 in full and block i in part; tile 0 has no range of the first kind.
-    assert plan.tile_offsets.tolist() == [0, 0, 1, 2, 3, 4, 5, 6, 7]
-    assert plan.tile_ranges[:7].tolist() == [[0, 1], [0, 1], [1, 2], [0, 2], [2, 3], [0, 3], [3, 4]]
+    assert plan.tile_offsets.tolist() == [0, 1, 2, 3, 4]
+    assert plan.tile_ranges[:4].tolist() == [[0, 1], [0, 2], [0, 3], [0, 4]]
     assert plan.tile_order.tolist() == [3, 2, 1, 0]
+    # Block i is seen in full by the tiles behind tile i, which no tile is behind the last, and in part by tile i.
+    assert plan.block_offsets.tolist() == [0, 1, 2, 3, 4, 5, 6, 6, 7]
+    assert plan.block_ranges[:7].tolist() == [[1, 4], [0, 1], [2, 4], [1, 2], [3, 4], [2, 3], [3, 4]]
+    assert plan.block_order.tolist() == [0, 1, 2, 3]
 
 
 def test_plans_of_batches_of_one_size_have_the_same_shapes() -> None:
