@@ -122,7 +122,8 @@ def linear_soft_cross_entropy_reference(
 
 
 @triton.jit
-def _maximum_and_logsumexp(row_ptr, W: tl.constexpr, BLOCK: tl.constexpr):
+def _maximum_and_log_sum(row_ptr, W: tl.constexpr, BLOCK: tl.constexpr):
+    """The row's maximum and log(sum_v e^(x_v - maximum)); their sum would be rounded to the maximum's precision."""
     # Every lane keeps a maximum and a sum of its own, so that the loop needs no reduction across threads.
     lanes = tl.arange(0, BLOCK)
     maximum = tl.full((BLOCK,), _LOWEST, tl.float32)
@@ -134,7 +135,7 @@ def _maximum_and_logsumexp(row_ptr, W: tl.constexpr, BLOCK: tl.constexpr):
         total = tl.where(x > maximum, total * smaller + 1.0, total + smaller)
         maximum = tl.maximum(maximum, x)
     top = tl.max(maximum, axis=0)
-    return top, top + tl.log(tl.sum(total * tl.exp(maximum - top), axis=0))
+    return top, tl.log(tl.sum(total * tl.exp(maximum - top), axis=0))
 
 
 # What is read one number at a time needs no alignment, which may differ from pass to pass.
@@ -145,12 +146,12 @@ def _target_kernel(
     """Q / P of one teacher row; P takes the place of its logits."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * W
-    _, logsumexp = _maximum_and_logsumexp(row_ptr, W, BLOCK)
-    tl.store(kept_mass_ptr + row, tl.exp(logsumexp - tl.load(logsumexp_ptr + row)))
+    top, log_sum = _maximum_and_log_sum(row_ptr, W, BLOCK)
+    tl.store(kept_mass_ptr + row, tl.exp(top - tl.load(logsumexp_ptr + row) + log_sum))
     for start in range(0, W, BLOCK):
         column = start + tl.arange(0, BLOCK)
         z = tl.load(row_ptr + column, mask=column < W, other=0.0)
-        tl.store(row_ptr + column, tl.exp(z - logsumexp), mask=column < W)
+        tl.store(row_ptr + column, tl.exp(z - top - log_sum), mask=column < W)
 
 
 @triton.jit(
@@ -180,7 +181,7 @@ def _loss_kernel(
         for i in tl.static_range(len(step_weights)):
             step_weight = tl.where(step == i, step_weights[i], step_weight)
         kept_mass = tl.load(kept_mass_ptr + teacher)
-        top, logsumexp = _maximum_and_logsumexp(row_ptr, W, BLOCK)
+        top, log_sum = _maximum_and_log_sum(row_ptr, W, BLOCK)
         loss = tl.zeros((BLOCK,), tl.float32)
         accepted = tl.zeros((BLOCK,), tl.float32)
         first_top = tl.full((BLOCK,), W, tl.int32)
@@ -189,7 +190,7 @@ def _loss_kernel(
             inside = column < W
             x = tl.load(row_ptr + column, mask=inside, other=0.0).to(tl.float32)
             target = tl.load(probability_ptr + teacher * W + column, mask=inside, other=0.0)
-            log_p = x - logsumexp
+            log_p = x - top - log_sum
             p = tl.exp(log_p)
             loss -= target * log_p
             accepted += tl.minimum(p, target * kept_mass)
