@@ -70,9 +70,32 @@ def linear(input_RI: Tensor, weight: Weight, residual_RO: Tensor | None = None) 
     return _Linear.apply(input_RI, residual_RO, weight, weight.sources[0].parameter)
 
 
-def swiglu_linear(gate_up_R2I: Tensor, weight: Weight, residual_RO: Tensor) -> Tensor:
-    """(silu(gate) * up) weight^T + residual; only gate and up are saved, backward multiplies them again."""
-    return _SwiGLULinear.apply(gate_up_R2I, residual_RO, weight, weight.sources[0].parameter)
+class FeedForward:
+    """The feed-forward of the steps of one pass: down(silu(gate x) * up x) + residual.
+
+    Only x, gate and up are saved; their product is computed again. Gate and up of all steps lie below each other and so
+    do their gradients, which take their place: their weight, the largest of the layer, gets its gradient from one
+    product at the end of the pass.
+    """
+
+    def __init__(self, gate_up: Weight, down: Weight, num_rows: int) -> None:
+        """Args: num_rows: of all steps together."""
+        self.gate_up, self.down = gate_up, down
+        self._inputs: list[Tensor] = []
+        self._rows = gate_up.value_OI.new_empty(num_rows if torch.is_grad_enabled() else 0, len(gate_up.value_OI))
+
+    def __call__(self, input_RI: Tensor, residual_RI: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            activation = swiglu(input_RI @ self.gate_up.value_OI.T)
+            return torch.addmm(residual_RI, activation, self.down.value_OI.T)
+        first = sum(len(x) for x in self._inputs)
+        self._inputs.append(input_RI.detach())
+        return _FeedForward.apply(input_RI, residual_RI, self, self._rows[first : first + len(input_RI)])
+
+    def accumulate(self) -> None:
+        """Add the gradient of the gate and up weights to their parameters, after the backward pass of all steps."""
+        if self._inputs:
+            self.gate_up.accumulate(self._rows, torch.cat(self._inputs))
 
 
 def _product(input_RI: Tensor, weight_OI: Tensor, residual_RO: Tensor | None) -> Tensor:
@@ -100,20 +123,20 @@ class _Linear(Function):
         return grad_RO @ weight.value_OI if wants_input else None, grad_RO if wants_residual else None, None, None
 
 
-class _SwiGLULinear(Function):
+class _FeedForward(Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, gate_up_R2I: Tensor, residual_RO: Tensor, weight: Weight, parameter: Tensor
+        ctx: FunctionCtx, input_RI: Tensor, residual_RI: Tensor, feed_forward: FeedForward, gate_up_RO: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(gate_up_R2I)
-        ctx.weight = weight  # type: ignore[attr-defined]
-        return _product(swiglu(gate_up_R2I), weight.value_OI, residual_RO)
+        torch.mm(input_RI, feed_forward.gate_up.value_OI.T, out=gate_up_RO)
+        ctx.feed_forward, ctx.gate_up_RO = feed_forward, gate_up_RO  # type: ignore[attr-defined]
+        return torch.addmm(residual_RI, swiglu(gate_up_RO), feed_forward.down.value_OI.T)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_RO: Tensor) -> tuple[Tensor | None, ...]:
-        (gate_up_R2I,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        weight: Weight = ctx.weight  # type: ignore[attr-defined]
-        # Nothing reads gate and up again, so their gradient takes their place.
-        activation_RI, grad_gate_up_R2I = swiglu_backward(grad_RO @ weight.value_OI, gate_up_R2I, out=gate_up_R2I)
-        weight.accumulate(grad_RO, activation_RI)
-        return grad_gate_up_R2I, grad_RO, None, None
+    def backward(ctx: FunctionCtx, grad_RI: Tensor) -> tuple[Tensor | None, ...]:
+        feed_forward: FeedForward = ctx.feed_forward  # type: ignore[attr-defined]
+        gate_up_RO: Tensor = ctx.gate_up_RO  # type: ignore[attr-defined]
+        down = feed_forward.down
+        activation_RO, grad_gate_up_RO = swiglu_backward(grad_RI @ down.value_OI, gate_up_RO, out=gate_up_RO)
+        down.accumulate(grad_RI, activation_RO)
+        return grad_gate_up_RO @ feed_forward.gate_up.value_OI, grad_RI, None, None

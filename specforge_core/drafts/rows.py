@@ -83,7 +83,7 @@ def index_rows(
 ) -> RowIndex:
     """The row index of a packed batch on the CPU.
 
-    Args: rows_per_pass: at most so many rows; bucket: round numbers of rows up to a multiple of it.
+    Args: rows_per_pass: at most so many rows, a multiple of `bucket`, to which numbers of rows are rounded up.
     """
     num_tokens = len(loss_mask_T)
     token_T = torch.arange(num_tokens)
@@ -94,11 +94,14 @@ def index_rows(
     teacher_of_T = torch.zeros(num_tokens, dtype=torch.int64)
     teacher_of_T[teaching_U] = torch.arange(len(teaching_U))
     slots = depth_T.nonzero().squeeze(1)
+    # As many rows in each pass, so that none is too small for matrix products at full speed.
+    num_passes = max(1, -(-len(slots) // rows_per_pass))
+    rows_per_pass = _round_up(-(-len(slots) // num_passes), bucket)
     passes = tuple(
         _make_pass(
             slots[first : first + rows_per_pass], start_T, depth_T, teacher_of_T, num_steps, bucket, len(teaching_U)
         )
-        for first in range(0, len(slots), rows_per_pass)
+        for first in range(0, len(slots), max(1, rows_per_pass))
     )
     return RowIndex(
         passes=passes,

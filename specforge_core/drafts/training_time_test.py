@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from specforge_core.drafts.base import DraftBatch, DraftLoss
-from specforge_core.drafts.linear import Weight, gradient_buffer, linear, make_weight, swiglu_linear
 from specforge_core.drafts.layers import RMSNorm
+from specforge_core.drafts.linear import FeedForward, Weight, gradient_buffer, linear, make_weight
 from specforge_core.drafts.rows import Pass, RowIndex
 from specforge_core.kernels.linear_soft_cross_entropy import HeadLoss, Teacher, linear_soft_cross_entropy
 from specforge_core.kernels.rms_norm import residual_rms_norm, rms_norm
@@ -87,7 +87,8 @@ def layer_outputs(draft: "Eagle3Draft", batch: DraftBatch) -> Iterator[tuple[Pas
     rows = prepared_rows(batch)
     _, shared = share(draft, weights, batch, rows)
     for one in rows.passes:
-        yield one, run_steps(draft, weights, shared, one)
+        feed_forward = FeedForward(weights.gate_up, weights.down, sum(one.num_rows))
+        yield one, run_steps(draft, weights, shared, one, feed_forward)
 
 
 def prepared_rows(batch: DraftBatch) -> RowIndex:
@@ -194,7 +195,9 @@ def fuse(draft: "Eagle3Draft", weight: Weight, aux_hidden_TLD: Tensor) -> Tensor
     return linear(torch.cat([rms_norm(hidden_TD, norm.weight, norm.eps) for norm, hidden_TD in layers], dim=1), weight)
 
 
-def run_steps(draft: "Eagle3Draft", weights: Weights, shared: Shared, rows: Pass) -> list[Tensor]:
+def run_steps(
+    draft: "Eagle3Draft", weights: Weights, shared: Shared, rows: Pass, feed_forward: FeedForward
+) -> list[Tensor]:
     """The head's input [rows of the step, D] at each step that has rows, the data's tokens going in."""
     layer, shape = draft.midlayer, draft.shape
     hidden_RD = shared.hidden_TD.index_select(0, rows.slot_R)
@@ -234,7 +237,7 @@ def run_steps(draft: "Eagle3Draft", weights: Weights, shared: Shared, rows: Pass
             residual_RD = linear(attended_RNC.flatten(1), weights.output, residual_RD)
         with record_function("feed-forward"):
             normed_RD, residual_RD = residual_rms_norm(residual_RD, layer.post_attention_layernorm.weight, shape.eps)
-            hidden_RD = swiglu_linear(linear(normed_RD, weights.gate_up), weights.down, residual_RD)
+            hidden_RD = feed_forward(normed_RD, residual_RD)
         output_RD, hidden_RD = residual_rms_norm(hidden_RD, draft.norm.weight, shape.eps)
         outputs.append(output_RD)
         if draft.norm_output:
@@ -244,7 +247,8 @@ def run_steps(draft: "Eagle3Draft", weights: Weights, shared: Shared, rows: Pass
 
 def run_pass(draft: "Eagle3Draft", weights: Weights, shared: Shared, batch: DraftBatch, rows: Pass) -> DraftLoss:
     """The loss of a pass; with gradients enabled, they are added to the parameters and to the leaves of `shared`."""
-    outputs = run_steps(draft, weights, shared, rows)
+    feed_forward = FeedForward(weights.gate_up, weights.down, sum(rows.num_rows))
+    outputs = run_steps(draft, weights, shared, rows, feed_forward)
     step_weights = [draft.step_loss_decay**step for step in range(len(outputs))]
     with record_function("head"):
         head = linear_soft_cross_entropy(
@@ -258,6 +262,7 @@ def run_pass(draft: "Eagle3Draft", weights: Weights, shared: Shared, batch: Draf
         )
     if torch.is_grad_enabled():
         torch.autograd.backward(outputs, head.hidden_grads)
+        feed_forward.accumulate()
     return _sums(head, step_weights, draft.num_positions)
 
 

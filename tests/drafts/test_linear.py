@@ -1,10 +1,12 @@
 """Products whose weight gradient goes straight to `.grad`, against the same products by autograd."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specforge_core.drafts.linear import linear, make_weight, swiglu_linear
+from specforge_core.drafts.linear import FeedForward, linear, make_weight
 
 
 def parameters(*shapes: tuple[int, int]) -> list[nn.Parameter]:
@@ -16,7 +18,13 @@ def leaf(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).requires_grad_()
 
 
-def check(actual: Tensor, expected: Tensor, leaves: list[Tensor], weights: list[nn.Parameter]) -> None:
+def check(
+    actual: Tensor,
+    expected: Tensor,
+    leaves: list[Tensor],
+    weights: list[nn.Parameter],
+    behind: Callable[[], None] = lambda: None,
+) -> None:
     """Same value, same gradient of a random projection of it; the weights' gradients on top of what was there."""
     torch.testing.assert_close(actual, expected)
     direction = torch.randn_like(expected)
@@ -24,6 +32,7 @@ def check(actual: Tensor, expected: Tensor, leaves: list[Tensor], weights: list[
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     (actual * direction).sum().backward()
+    behind()
     for x, grad in zip(leaves, wanted, strict=False):
         torch.testing.assert_close(x.grad, grad)
     for weight, grad in zip(weights, wanted[len(leaves) :], strict=True):
@@ -61,14 +70,28 @@ def test_a_weight_is_trained_by_inputs_that_want_no_gradient():
     torch.testing.assert_close(weight.grad, x.sum(0).expand(4, 6))
 
 
-def test_swiglu_linear():
-    (down,) = parameters((3, 4))
-    gate_up, residual = leaf(5, 8), leaf(5, 3)
-    gate, up = gate_up.chunk(2, dim=1)
-    expected = residual + F.linear(F.silu(gate) * up, down)
-    # A copy, because backward overwrites what the product was computed from.
-    actual = swiglu_linear(gate_up.clone(), make_weight([down], torch.float64), residual)
-    check(actual, expected, [gate_up, residual], [down])
+def test_feed_forward_of_two_steps():
+    gate, up, down = parameters((4, 3), (4, 3), (3, 4))
+    x, residual = leaf(5, 3), leaf(5, 3)
+
+    def layer(x: Tensor, residual: Tensor) -> Tensor:
+        return residual + F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+    middle = layer(x, residual)
+    expected = layer(middle[:3], residual[:3])
+    feed_forward = FeedForward(make_weight([gate, up], torch.float64), make_weight([down], torch.float64), 8)
+    actual = feed_forward(feed_forward(x, residual)[:3], residual[:3])
+    check(actual, expected, [x, residual], [gate, up, down], behind=feed_forward.accumulate)
+
+
+def test_feed_forward_without_gradient():
+    gate, up, down = parameters((4, 3), (4, 3), (3, 4))
+    x, residual = leaf(5, 3), leaf(5, 3)
+    with torch.no_grad():
+        feed_forward = FeedForward(make_weight([gate, up], torch.float64), make_weight([down], torch.float64), 5)
+        actual = feed_forward(x, residual)
+    expected = residual + F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+    torch.testing.assert_close(actual, expected.detach())
 
 
 def test_without_gradients_nothing_is_kept():
