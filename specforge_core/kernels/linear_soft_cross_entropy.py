@@ -339,15 +339,19 @@ def _loss_in_torch(job: _Job, block: Block, logits_BW: Tensor) -> None:
     taught_by_B = (job.teacher_R[block.slots].unsqueeze(1) + step).flatten().clamp(max=last_teacher)
     argmax_B = job.target.argmax_U[taught_by_B]
     is_taught_B = (job.depth_R[block.slots].unsqueeze(1) > step).flatten() & (argmax_B >= 0)
-    target_BW = job.target.probability_UW[taught_by_B]
+    # Unlike indexing, index_select copies rows as fast as memory allows.
+    target_BW = job.target.probability_UW.index_select(0, taught_by_B)
     is_correct_B = logits_BW.argmax(-1) == argmax_B
-    log_p_BW = at_least_float32(logits_BW).log_softmax(-1)
-    loss_B = -torch.linalg.vecdot(target_BW, log_p_BW)
-    p_BW = log_p_BW.exp_()
+    # New memory and logarithms cost a CPU most. log p = x - max(x) + log max(p), P sums to 1, and `wide_BW` is used
+    # again as soon as it was read.
+    wide_BW = at_least_float32(logits_BW)
+    p_BW = wide_BW.softmax(-1)
+    wide_BW.sub_(wide_BW.amax(-1, keepdim=True)).mul_(target_BW)
+    loss_B = -wide_BW.sum(-1) - p_BW.amax(-1).log()
     if job.hidden_grads is not None:
         weight_N = torch.tensor(job.step_weights[: block.num_steps], dtype=p_BW.dtype, device=p_BW.device)
         weight_B = weight_N.repeat(block.num_slots) * is_taught_B
-        logits_BW.copy_(p_BW - target_BW).mul_(weight_B.unsqueeze(1))
+        logits_BW.copy_(torch.sub(p_BW, target_BW, out=wide_BW).mul_(weight_B.unsqueeze(1)))
     own_BW = target_BW.mul_(job.target.kept_mass_U[taught_by_B].unsqueeze(1))
     accepted_B = torch.minimum(p_BW, own_BW, out=own_BW).sum(-1)
     sums_3B = torch.stack((loss_B, is_correct_B.to(loss_B.dtype), accepted_B)).masked_fill_(~is_taught_B, 0.0)
