@@ -265,22 +265,21 @@ def linear_soft_cross_entropy(
 
 
 def plan_chunks(row_counts: Sequence[int], max_rows: int) -> list[list[Block]]:
-    """All slots with all their steps, in chunks of about equally many rows, few more than `max_rows`.
+    """All slots with all their steps, in chunks of about equally many rows, less than a slot more than `max_rows`.
 
     Args: row_counts: by step, never rising.
     """
     total = sum(row_counts)
     num_chunks = -(-total // max_rows)
-    # A chunk has no room for a part of a slot; without the slack, what is left over would make one more chunk.
-    capacity = -(-total // max(num_chunks, 1)) + len(row_counts)
     chunks: list[list[Block]] = []
     slot = room = 0
     for num_steps in range(len(row_counts), 0, -1):
         while slot < row_counts[num_steps - 1]:
-            if room < num_steps:
+            if room <= 0:
                 chunks.append([])
-                room = capacity
-            block = Block(slot, min(row_counts[num_steps - 1] - slot, room // num_steps), num_steps)
+                room = -(-total // num_chunks)
+            # Rounded up: what no chunk had room for would otherwise make a small one more at the end.
+            block = Block(slot, min(row_counts[num_steps - 1] - slot, -(-room // num_steps)), num_steps)
             chunks[-1].append(block)
             slot += block.num_slots
             room -= block.num_rows

@@ -287,6 +287,7 @@ def test_chunks_hold_every_row_once_and_are_of_about_one_size() -> None:
     sizes = [sum(block.num_rows for block in blocks) for blocks in chunks]
     assert len(sizes) == 3
     assert max(sizes) - min(sizes) <= 3 * len(row_counts)
+    assert plan_chunks([2, 1], max_rows=1) == [[(0, 1, 2)], [(1, 1, 1)]]
 
 
 @BOTH
