@@ -162,6 +162,8 @@ class TrainingConfig(Config):
     betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0.0)
     max_grad_norm: PositiveFloat = 0.5
+    float8_matmuls: bool = False
+    """Head and feed-forward multiply in float8, but for the gradients of their weights. Needs a GPU that can."""
     warmup_fraction: Fraction = 0.015
     seed: int = 0
     eval_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.02

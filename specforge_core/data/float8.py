@@ -11,6 +11,7 @@ from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 class ScaledFloat8(NamedTuple):
@@ -25,8 +26,9 @@ class ScaledFloat8(NamedTuple):
 def quantised(vectors: Tensor) -> ScaledFloat8:
     """The vectors of the last dimension in float8. A vector of zeros stays one."""
     vectors = vectors.float()
-    # Not zero, by which a vector of zeros would be divided.
-    scale = (vectors.abs().amax(-1) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+    # A product, because GPUs divide by a constant in another way than CPUs do. Not zero, by which a vector of zeros
+    # would be divided.
+    scale = (vectors.abs().amax(-1) * (1 / LARGEST)).clamp(min=SMALLEST_SCALE)
     return ScaledFloat8((vectors / scale.unsqueeze(-1)).to(FLOAT8), scale)
 
 

@@ -80,6 +80,8 @@ class DraftModel(nn.Module, ABC):
     """Draft positions that the loss is about, K."""
     compute_dtype: torch.dtype | None = None
     """What losses and gradients are computed in, their sums aside; None for the dtype of the parameters."""
+    float8_matmuls: bool = False
+    """Whether head and feed-forward multiply in float8 when gradients are wanted; see `TrainingConfig`."""
 
     @classmethod
     @abstractmethod

@@ -15,6 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 from specforge_core.kernels.accumulate import accumulate_product
+from specforge_core.kernels.float8_product import Float8Weight, float8_product, float8_weight
 from specforge_core.kernels.swiglu import swiglu, swiglu_backward
 
 
@@ -31,9 +32,25 @@ class Weight(NamedTuple):
     value_OI: Tensor
     """A copy in the dtype of computing, or the parameter itself if that is its own; without gradient."""
     sources: tuple[Source, ...]
+    float8: Float8Weight | None = None
+    """What is multiplied by instead, if anything; gradients of the parameters are not rounded to it."""
+
+    def product(self, input_RI: Tensor, residual_RO: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+        """input W^T (+ residual), without gradient."""
+        if self.float8 is not None:
+            product_RO = float8_product(input_RI, self.float8.rows, out=out)
+            return product_RO if residual_RO is None else product_RO.add_(residual_RO)
+        if residual_RO is None:
+            return torch.mm(input_RI, self.value_OI.T, out=out)
+        return torch.addmm(residual_RO, input_RI, self.value_OI.T, out=out)
+
+    def input_gradient(self, grad_RO: Tensor) -> Tensor:
+        """grad W."""
+        return grad_RO @ self.value_OI if self.float8 is None else float8_product(grad_RO, self.float8.columns)
 
     def part(self, first: int, last: int) -> "Weight":
         """The weight of the sources first to last - 1 alone."""
+        assert self.float8 is None
         heights = [len(source.parameter) for source in self.sources]
         return Weight(self.value_OI[sum(heights[:first]) : sum(heights[:last])], self.sources[first:last])
 
@@ -46,16 +63,19 @@ class Weight(NamedTuple):
             first += len(parameter)
 
 
-def make_weight(parameters: Sequence[Tensor], dtype: torch.dtype, columns: slice = slice(None)) -> Weight:
-    """The parameters' columns below each other."""
+@torch.no_grad()
+def make_weight(
+    parameters: Sequence[Tensor], dtype: torch.dtype, columns: slice = slice(None), *, in_float8: bool = False
+) -> Weight:
+    """The parameters' columns below each other. Raises: ValueError for sizes that float8 does not take, if it is to."""
     sources = tuple(Source(parameter, columns) for parameter in parameters)
-    with torch.no_grad():
-        if len(parameters) == 1:
-            return Weight(parameters[0][:, columns].to(dtype), sources)
+    if len(parameters) == 1:
+        value_OI = parameters[0].detach()[:, columns].to(dtype)
+    else:
         height = sum(len(parameter) for parameter in parameters)
         value_OI = parameters[0].new_empty(height, parameters[0][:, columns].shape[1], dtype=dtype)
         torch.cat([parameter[:, columns] for parameter in parameters], out=value_OI)
-    return Weight(value_OI, sources)
+    return Weight(value_OI, sources, float8_weight(value_OI) if in_float8 else None)
 
 
 def gradient_buffer(parameter: Tensor) -> Tensor:
@@ -86,8 +106,7 @@ class FeedForward:
 
     def __call__(self, input_RI: Tensor, residual_RI: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            activation = swiglu(input_RI @ self.gate_up.value_OI.T)
-            return torch.addmm(residual_RI, activation, self.down.value_OI.T)
+            return self.down.product(swiglu(self.gate_up.product(input_RI)), residual_RI)
         first = sum(len(x) for x in self._inputs)
         self._inputs.append(input_RI.detach())
         return _FeedForward.apply(input_RI, residual_RI, self, self._rows[first : first + len(input_RI)])
@@ -98,12 +117,6 @@ class FeedForward:
             self.gate_up.accumulate(self._rows, torch.cat(self._inputs))
 
 
-def _product(input_RI: Tensor, weight_OI: Tensor, residual_RO: Tensor | None) -> Tensor:
-    if residual_RO is None:
-        return input_RI @ weight_OI.T
-    return torch.addmm(residual_RO, input_RI, weight_OI.T)
-
-
 class _Linear(Function):
     # The parameter is an input so that autograd calls `backward` when it is all that wants a gradient.
     @staticmethod
@@ -112,7 +125,7 @@ class _Linear(Function):
     ) -> Tensor:
         ctx.save_for_backward(input_RI)
         ctx.weight = weight  # type: ignore[attr-defined]
-        return _product(input_RI, weight.value_OI, residual_RO)
+        return weight.product(input_RI, residual_RO)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_RO: Tensor) -> tuple[Tensor | None, ...]:
@@ -120,7 +133,8 @@ class _Linear(Function):
         weight: Weight = ctx.weight  # type: ignore[attr-defined]
         weight.accumulate(grad_RO, input_RI)
         wants_input, wants_residual, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
-        return grad_RO @ weight.value_OI if wants_input else None, grad_RO if wants_residual else None, None, None
+        grad_RI = weight.input_gradient(grad_RO) if wants_input else None
+        return grad_RI, grad_RO if wants_residual else None, None, None
 
 
 class _FeedForward(Function):
@@ -128,15 +142,15 @@ class _FeedForward(Function):
     def forward(
         ctx: FunctionCtx, input_RI: Tensor, residual_RI: Tensor, feed_forward: FeedForward, gate_up_RO: Tensor
     ) -> Tensor:
-        torch.mm(input_RI, feed_forward.gate_up.value_OI.T, out=gate_up_RO)
+        feed_forward.gate_up.product(input_RI, out=gate_up_RO)
         ctx.feed_forward, ctx.gate_up_RO = feed_forward, gate_up_RO  # type: ignore[attr-defined]
-        return torch.addmm(residual_RI, swiglu(gate_up_RO), feed_forward.down.value_OI.T)
+        return feed_forward.down.product(swiglu(gate_up_RO), residual_RI)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_RI: Tensor) -> tuple[Tensor | None, ...]:
         feed_forward: FeedForward = ctx.feed_forward  # type: ignore[attr-defined]
         gate_up_RO: Tensor = ctx.gate_up_RO  # type: ignore[attr-defined]
         down = feed_forward.down
-        activation_RO, grad_gate_up_RO = swiglu_backward(grad_RI @ down.value_OI, gate_up_RO, out=gate_up_RO)
+        activation_RO, grad_gate_up_RO = swiglu_backward(down.input_gradient(grad_RI), gate_up_RO, out=gate_up_RO)
         down.accumulate(grad_RI, activation_RO)
-        return grad_gate_up_RO @ feed_forward.gate_up.value_OI, grad_RI, None, None
+        return feed_forward.gate_up.input_gradient(grad_gate_up_RO), grad_RI, None, None

@@ -100,6 +100,8 @@ def prepared_rows(batch: DraftBatch) -> RowIndex:
 
 def make_weights(draft: "Eagle3Draft") -> Weights:
     """Copies in the draft's dtype of computing; new ones are due whenever the parameters have changed."""
+    # What is evaluated is the draft that will be served, and that is not in float8.
+    in_float8 = draft.float8_matmuls and torch.is_grad_enabled()
     dtype, width = draft.compute_dtype or draft.fc.weight.dtype, draft.fc.weight.shape[0]
     layer = draft.midlayer
     attention, mlp = layer.self_attn, layer.mlp
@@ -114,9 +116,9 @@ def make_weights(draft: "Eagle3Draft") -> Weights:
         key_value_hidden=qkv_hidden.part(1, 3),
         qkv_hidden=qkv_hidden,
         output=make_weight([attention.o_proj.weight], dtype),
-        gate_up=make_weight([mlp.gate_proj.weight, mlp.up_proj.weight], dtype),
-        down=make_weight([mlp.down_proj.weight], dtype),
-        head=make_weight([draft.lm_head.weight], dtype),
+        gate_up=make_weight([mlp.gate_proj.weight, mlp.up_proj.weight], dtype, in_float8=in_float8),
+        down=make_weight([mlp.down_proj.weight], dtype, in_float8=in_float8),
+        head=make_weight([draft.lm_head.weight], dtype, in_float8=in_float8),
         teacher_head_WD=None if draft.teacher_head is None else draft.teacher_head.to(dtype),
     )
 
@@ -259,6 +261,7 @@ def run_pass(draft: "Eagle3Draft", weights: Weights, shared: Shared, batch: Draf
             rows.depth_R,
             step_weights=step_weights,
             weight_grad_WH=gradient_buffer(draft.lm_head.weight) if torch.is_grad_enabled() else None,
+            weight_float8=weights.head.float8,
         )
     if torch.is_grad_enabled():
         torch.autograd.backward(outputs, head.hidden_grads)

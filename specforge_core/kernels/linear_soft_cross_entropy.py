@@ -28,6 +28,7 @@ from torch import Tensor
 
 from specforge_core.kernels.accumulate import accumulate_product, wide_product
 from specforge_core.kernels.dispatch import uses_triton
+from specforge_core.kernels.float8_product import Float8Weight, float8_product
 from specforge_core.kernels.precision import at_least_float32
 
 CHUNK_ROWS = 8192
@@ -210,6 +211,7 @@ class _Job(NamedTuple):
 
     hidden: Sequence[Tensor]
     weight_WH: Tensor
+    weight_float8: Float8Weight | None
     target: Target
     teacher_R: Tensor
     depth_R: Tensor
@@ -230,6 +232,7 @@ def linear_soft_cross_entropy(
     *,
     step_weights: Sequence[float],
     weight_grad_WH: Tensor | None,
+    weight_float8: Float8Weight | None = None,
 ) -> HeadLoss:
     """Loss and metrics of all steps of a pass, and with `weight_grad_WH` the gradients of sum_i step_weights[i] loss_i.
 
@@ -238,7 +241,8 @@ def linear_soft_cross_entropy(
     Args: hidden: [R_i, H] of each step i, row r always the same slot; weight_WH: the draft's head, in the dtype of
     `hidden`; teacher_R: the teacher row that row r reads at step 0, that of step i is i more; depth_R: the number of
     steps at which row r is active, at most the number of `hidden` that reach it; step_weights: of the steps' losses;
-    weight_grad_WH: at least float32, where the gradient of `weight_WH` is added; None evaluates without gradients.
+    weight_grad_WH: at least float32, where the gradient of `weight_WH` is added; None evaluates without gradients;
+    weight_float8: `weight_WH`, to multiply by in its place; its own gradient and the teacher stay as they are.
     Raises: ValueError if shapes do not fit.
     """
     row_counts = [len(hidden_RH) for hidden_RH in hidden]
@@ -248,6 +252,7 @@ def linear_soft_cross_entropy(
     job = _Job(
         hidden=hidden,
         weight_WH=weight_WH,
+        weight_float8=weight_float8,
         target=_make_target(teacher, fused=fused),
         teacher_R=teacher_R,
         depth_R=depth_R,
@@ -304,7 +309,8 @@ def _run_chunk(job: _Job, blocks: list[Block], *, fused: bool) -> None:
     for block, part_BH in zip(blocks, chunk_BH.split(sizes), strict=True):
         steps = [hidden_RH[block.slots] for hidden_RH in job.hidden[: block.num_steps]]
         torch.stack(steps, dim=1, out=part_BH.unflatten(0, (block.num_slots, block.num_steps)))
-    logits_BW = chunk_BH @ job.weight_WH.T
+    float8 = job.weight_float8
+    logits_BW = chunk_BH @ job.weight_WH.T if float8 is None else float8_product(chunk_BH, float8.rows)
     for block, part_BW in zip(blocks, logits_BW.split(sizes), strict=True):
         if fused:
             _loss_in_triton(job, block, part_BW)
@@ -314,7 +320,10 @@ def _run_chunk(job: _Job, blocks: list[Block], *, fused: bool) -> None:
         return
     accumulate_product(job.weight_grad_WH, logits_BW.T, chunk_BH)
     # The hidden states were read for the last time, so their gradient takes their place.
-    torch.mm(logits_BW, job.weight_WH, out=chunk_BH)
+    if float8 is None:
+        torch.mm(logits_BW, job.weight_WH, out=chunk_BH)
+    else:
+        float8_product(logits_BW, float8.columns, out=chunk_BH)
     for block, part_BH in zip(blocks, chunk_BH.split(sizes), strict=True):
         by_step = part_BH.unflatten(0, (block.num_slots, block.num_steps)).unbind(1)
         for hidden_grad_RH, grad_RH in zip(job.hidden_grads, by_step, strict=False):

@@ -22,6 +22,7 @@ from specforge_core.data.shards import load_index, load_target_config, load_targ
 from specforge_core.data.vocab import load_vocabulary
 from specforge_core.drafts import ALGORITHMS
 from specforge_core.drafts.base import DraftBatch, DraftModel
+from specforge_core.kernels.float8_product import multiplies_float8
 from specforge_core.manifest import TrainingConfig
 from specforge_core.progress import progress
 from specforge_core.stages import TrainSpec
@@ -55,10 +56,12 @@ def main(spec: TrainSpec, out: Path) -> DraftCheckpoint:
     Raises: ValueError for sizes that do not fit together, FloatingPointError if the loss diverges.
     """
     with join_workers(spec.device) as workers:
+        check_float8(spec.training, workers.device)
         features = FeatureSet(spec.hidden_states, max_document_tokens=spec.training.max_document_tokens)
         plan = plan_training(features, spec.training, workers.world_size)
         draft = create_draft(spec).to(workers.device)
         draft.compute_dtype = workers.compute_dtype
+        draft.float8_matmuls = spec.training.float8_matmuls
         state, evaluation = train(spec, out, draft, features, plan, workers)
         if workers.is_first:
             save_file(draft.serving_state_dict(), out / DRAFT_NAME)
@@ -74,6 +77,16 @@ def main(spec: TrainSpec, out: Path) -> DraftCheckpoint:
         eval_acceptance=tuple(metrics[f"eval/acceptance_{k}"] for k in range(draft.num_positions)),
         eval_acceptance_length=evaluation.acceptance_length,
     )
+
+
+def check_float8(config: TrainingConfig, device: torch.device) -> None:
+    """Nothing, if the device can train so. Raises: ValueError for float8 products that it has no matrix units for."""
+    if config.float8_matmuls and not multiplies_float8(device):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+        raise ValueError(
+            f"training.float8_matmuls=true needs a GPU with matrix units for float8 (Ada, Hopper or newer), and this "
+            f"trains on {name}; set it to false"
+        )
 
 
 def plan_training(features: FeatureSet, config: TrainingConfig, num_processes: int) -> Plan:

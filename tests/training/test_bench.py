@@ -62,8 +62,11 @@ def test_every_path_computes_the_loss_and_the_gradients_of_the_definition() -> N
         # Paths name their weights differently; no two of one size have gradients of one norm here.
         gradients[name] = sorted(float(p.grad.norm()) for p in path.module.parameters() if p.grad is not None)
     for name in PATHS:
-        assert losses[name] == pytest.approx(losses["all-rows"], rel=1e-5), name
-        assert gradients[name] == pytest.approx(gradients["all-rows"], rel=1e-4), name
+        # float8 rounds what it multiplies: gradients are off by some per cent, their norms by less.
+        loss_error, gradient_error = (1e-4, 5e-2) if name == "ours-float8" else (1e-5, 1e-4)
+        assert losses[name] == pytest.approx(losses["all-rows"], rel=loss_error), name
+        assert gradients[name] == pytest.approx(gradients["all-rows"], rel=gradient_error), name
+    assert losses["ours-float8"] != losses["ours"]
 
 
 def test_uniform_documents_end_in_one_answer_of_the_share() -> None:

@@ -127,6 +127,12 @@ def test_nothing_held_out_is_refused(inputs: Path, tmp_path: Path):
     refused(inputs, tmp_path, "eval_fraction=1e-09", eval_fraction=1e-9)
 
 
+def test_float8_products_on_a_device_that_has_none_are_refused(inputs: Path, tmp_path: Path):
+    refused(
+        inputs, tmp_path, r"training\.float8_matmuls=true needs a GPU .* the CPU; set it to false", float8_matmuls=True
+    )
+
+
 def test_a_diverging_loss_stops_the_run(inputs: Path, tmp_path: Path):
     with pytest.raises(FloatingPointError, match=r"lower training\.learning_rate"):
         run(make_spec(inputs, learning_rate=1e25, max_grad_norm=1e30), tmp_path / "diverged")

@@ -1,4 +1,4 @@
-"""The ways to train that are compared. All compute one loss, from the same weights."""
+"""The ways to train that are compared. All compute one loss, from the same weights; float8 rounds on the way."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -37,6 +37,12 @@ def ours(draft: Eagle3Draft, device: torch.device) -> TrainingPath:
         return draft.accumulate_gradients(batch).loss_sum
 
     return TrainingPath(draft, load, step)
+
+
+def ours_float8(draft: Eagle3Draft, device: torch.device) -> TrainingPath:
+    """The same with `training.float8_matmuls`, so that its loss is a little off."""
+    draft.float8_matmuls = True
+    return ours(draft, device)
 
 
 def reference(draft: Eagle3Draft, device: torch.device) -> TrainingPath:
@@ -79,6 +85,7 @@ def conventional(draft: Eagle3Draft, device: torch.device) -> TrainingPath:
 
 PATHS: dict[str, Callable[[Eagle3Draft, torch.device], TrainingPath]] = {
     "ours": ours,
+    "ours-float8": ours_float8,
     "reference": reference,
     "all-rows": all_rows,
     "conventional": conventional,
