@@ -5,7 +5,7 @@ values, since q, k, v = W [rms(e); rms(h)] = W_e rms(e) + W_h rms(h) and every s
 Per pass: all steps forward, head and loss with their gradient, all steps backward.
 
 T tokens of a packed batch, U teaching tokens, R rows of a pass, L captured layers, D width, N query heads, M KV heads,
-C head width, E widths of the query or key and value projections.
+C head width, E columns of the query or key and value projections or, where C follows, their heads.
 """
 
 from collections.abc import Iterator
@@ -60,8 +60,8 @@ class Shared(NamedTuple):
     """At least float32; None without gradient, like the next."""
     key_value_embedding_TE: Tensor
     key_value_embedding_grad_TE: Tensor | None
-    key_TMC: Tensor
-    value_TMC: Tensor
+    key_value_TEC: Tensor
+    """Of step 0: the keys of all heads, then the values."""
     cos_PC: Tensor
     sin_PC: Tensor
 
@@ -127,8 +127,7 @@ class Sources(NamedTuple):
     """Where the leaves of `Shared` come from."""
 
     hidden_TD: Tensor
-    key_TMC: Tensor
-    value_TMC: Tensor
+    key_value_TEC: Tensor
     query_embedding_UE: Tensor
     key_value_embedding_TE: Tensor
 
@@ -137,7 +136,7 @@ class Sources(NamedTuple):
         assert shared.query_embedding_grad_UE is not None
         assert shared.key_value_embedding_grad_TE is not None
         # The step-0 keys and values first: they add to the gradients of the hidden states and of the embedding half.
-        torch.autograd.backward([self.key_TMC, self.value_TMC], [shared.key_TMC.grad, shared.value_TMC.grad])
+        torch.autograd.backward(self.key_value_TEC, shared.key_value_TEC.grad)
         embedding_halves = [self.query_embedding_UE, self.key_value_embedding_TE]
         embedding_grads = [shared.query_embedding_grad_UE, shared.key_value_embedding_grad_TE]
         torch.autograd.backward(
@@ -172,20 +171,18 @@ def share(draft: "Eagle3Draft", weights: Weights, batch: DraftBatch, rows: RowIn
         # Slot t consumes token t + 1 at step 0. The last slot of a document reads what nothing reads of it.
         token_T = torch.arange(len(batch.input_ids_T), device=hidden_TD.device)
         part = Part(2 * shape.num_kv_heads, shape.num_kv_heads, key_value_half, key_value_half_grad, token_T, 1)
-        (key_value_TMC,) = add_rope(key_value_TE, [part], batch.position_ids_T, 0, cos_PC, sin_PC)
-    key_TMC, value_TMC = key_value_TMC.split(shape.num_kv_heads, dim=1)
+        (key_value_TEC,) = add_rope(key_value_TE, [part], batch.position_ids_T, 0, cos_PC, sin_PC)
     shared = Shared(
         hidden_TD=hidden_leaf_TD,
         query_embedding_UE=query_half,
         query_embedding_grad_UE=query_half_grad,
         key_value_embedding_TE=key_value_half,
         key_value_embedding_grad_TE=key_value_half_grad,
-        key_TMC=key_TMC.detach().requires_grad_(torch.is_grad_enabled()),
-        value_TMC=value_TMC.detach().requires_grad_(torch.is_grad_enabled()),
+        key_value_TEC=key_value_TEC.detach().requires_grad_(torch.is_grad_enabled()),
         cos_PC=cos_PC,
         sin_PC=sin_PC,
     )
-    return Sources(hidden_TD, key_TMC, value_TMC, query_embedding_UE, key_value_embedding_TE), shared
+    return Sources(hidden_TD, key_value_TEC, query_embedding_UE, key_value_embedding_TE), shared
 
 
 def fuse(draft: "Eagle3Draft", weight: Weight, aux_hidden_TLD: Tensor) -> Tensor:
@@ -203,8 +200,7 @@ def run_steps(
     """The head's input [rows of the step, D] at each step that has rows, the data's tokens going in."""
     layer, shape = draft.midlayer, draft.shape
     hidden_RD = shared.hidden_TD.index_select(0, rows.slot_R)
-    own_keys: list[Tensor] = []
-    own_values: list[Tensor] = []
+    own_key_values: list[Tensor] = []
     outputs: list[Tensor] = []
     for step, num_rows in enumerate(rows.num_rows):
         if not num_rows:
@@ -223,18 +219,14 @@ def run_steps(
             parts, weight = [query_part, key_value_part], weights.qkv_hidden
             if step == 0:
                 parts, weight = [query_part], weights.query_hidden
-            query_RNC, *key_value = add_rope(
+            query_RNC, *own = add_rope(
                 linear(normed_RD, weight), parts, rows.position_R, step, shared.cos_PC, shared.sin_PC
             )
-            for key_value_RMC in key_value:
-                key_RMC, value_RMC = key_value_RMC.split(shape.num_kv_heads, dim=1)
-                own_keys.append(key_RMC)
-                own_values.append(value_RMC)
+            own_key_values += own
         with record_function("attention"):
             attended_RNC = ttt_attention(
-                query_RNC, shared.key_TMC, shared.value_TMC, own_keys, own_values,
-                rows.start_R, rows.slot_R, rows.attention,
-            )  # fmt: skip
+                query_RNC, shared.key_value_TEC, own_key_values, rows.start_R, rows.slot_R, rows.attention
+            )
         with record_function("projections"):
             residual_RD = linear(attended_RNC.flatten(1), weights.output, residual_RD)
         with record_function("feed-forward"):

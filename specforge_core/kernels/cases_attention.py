@@ -1,6 +1,7 @@
 """Cases of the attention of training-time test.
 
-R rows of a pass, T tokens of the packed batch, N query heads, M KV heads, C head width, J own keys.
+R rows of a pass, T tokens of the packed batch, N query heads, M KV heads, E = 2M heads of keys, then of
+values, C head width, J own keys.
 """
 
 import random
@@ -67,15 +68,13 @@ def attention_case(
     def make_inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
         numbers = Numbers(device, dtype)
         own = {
-            f"own_{part}_{j}": numbers.leaf(num_rows[j], heads.num_kv, heads.width)
+            f"own_key_value_{j}": numbers.leaf(num_rows[j], 2 * heads.num_kv, heads.width)
             for j in range(1, num_own + 1)
-            for part in ("key", "value")
         }
         plan = plan_attention(rows.start_R, rows.slot_R, num_tokens)
         return {
             "query_RNC": numbers.leaf(num_rows[-1], heads.num_query, heads.width),
-            "key_TMC": numbers.leaf(num_tokens, heads.num_kv, heads.width),
-            "value_TMC": numbers.leaf(num_tokens, heads.num_kv, heads.width),
+            "key_value_TEC": numbers.leaf(num_tokens, 2 * heads.num_kv, heads.width),
             "start_R": rows.start_R.to(device),
             "slot_R": rows.slot_R.to(device),
             "plan": AttentionPlan(*(part.to(device) for part in plan)),
@@ -90,8 +89,8 @@ def attention_case(
     return Case(
         f"ttt_attention {name}",
         make_inputs,
-        lambda **inputs: ttt_attention(**_with_lists_of_own(inputs, num_own)),
-        lambda **inputs: ttt_attention_reference(**_with_lists_of_own(inputs, num_own)),
+        lambda **inputs: ttt_attention(**_with_list_of_own(inputs, num_own)),
+        lambda **inputs: ttt_attention_reference(**_with_list_of_own(inputs, num_own)),
         shapes=dict(zip("RTJNMC", (num_rows[-1], num_tokens, num_own, *heads), strict=True)),
         bytes=Work(
             2 * BFLOAT16 * (query_size + kv_size) + statistics, 4 * BFLOAT16 * (query_size + kv_size) + statistics
@@ -127,11 +126,6 @@ def supervised_rows(documents: Sequence[Document], num_steps: int) -> Supervised
     return SupervisedRows(torch.tensor(start)[order_R], torch.tensor(slot)[order_R], num_active)
 
 
-def _with_lists_of_own(inputs: Inputs, num_own: int) -> Inputs:
+def _with_list_of_own(inputs: Inputs, num_own: int) -> Inputs:
     others = {name: value for name, value in inputs.items() if not name.startswith("own_")}
-    steps = range(1, num_own + 1)
-    return {
-        **others,
-        "own_keys": [inputs[f"own_key_{j}"] for j in steps],
-        "own_values": [inputs[f"own_value_{j}"] for j in steps],
-    }
+    return {**others, "own_key_values": [inputs[f"own_key_value_{j}"] for j in range(1, num_own + 1)]}

@@ -2,7 +2,8 @@
 
 Tensors named in the plural are described for Hopper's copy engine as [rows, heads * C] or are pointers; those behind
 `logsumexp` and `delta` are [heads, rows rounded up to tiles]. Rows behind the last one read as zeros with an infinite
-log-sum-exp, and so weigh nothing without a mask.
+log-sum-exp, and so weigh nothing without a mask. A row of keys and values, 2M heads, has a head's value TO_VALUE
+numbers behind its key.
 """
 
 import math
@@ -19,8 +20,8 @@ _BLOCK = tl.constexpr(BLOCK)
 
 @triton.jit
 def _attend(
-    output, maximum, total, query, keys, values, column, start, slot, ranges, first, last,
-    SCALE: tl.constexpr, KEYS: tl.constexpr,
+    output, maximum, total, query, key_values, column, start, slot, ranges, first, last,
+    SCALE: tl.constexpr, TO_VALUE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The running output, maximum and sum after the key blocks of ranges first to last - 1."""
     last_start, first_slot = tl.max(start, 0), tl.min(slot, 0)
@@ -29,7 +30,7 @@ def _attend(
         end = tl.load(ranges + 2 * i + 1) * (_BLOCK // KEYS)
         for block in tl.range(begin, end):
             first_token = block * KEYS
-            logits = tl.dot(query, keys.load([first_token, column]).T, input_precision="ieee")
+            logits = tl.dot(query, key_values.load([first_token, column]).T, input_precision="ieee")
             if (first_token < last_start) | (first_token + KEYS - 1 > first_slot):
                 token = first_token + tl.arange(0, KEYS)[None, :]
                 logits = tl.where((token >= start[:, None]) & (token <= slot[:, None]), logits, float("-inf"))
@@ -37,7 +38,7 @@ def _attend(
             weight = tl.exp2(logits * SCALE - new_maximum[:, None])
             shrink = tl.exp2(maximum - new_maximum)
             total = total * shrink + tl.sum(weight, 1)
-            value = values.load([first_token, column])
+            value = key_values.load([first_token, column + TO_VALUE])
             output = tl.dot(weight.to(value.dtype), value, output * shrink[:, None], input_precision="ieee")
             maximum = new_maximum
     return output, maximum, total
@@ -45,9 +46,9 @@ def _attend(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def forward_kernel(
-    queries, keys, values, outputs, own_keys, own_values, own_strides, logsumexp, starts, slots,
-    tile_order, tile_offsets, tile_ranges, num_rows, GROUP: tl.constexpr, SCALE: tl.constexpr,
-    C: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    queries, key_values, outputs, own_key_values, logsumexp, starts, slots, tile_order, tile_offsets, tile_ranges,
+    num_rows, GROUP: tl.constexpr, SCALE: tl.constexpr, C: tl.constexpr, TO_VALUE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one query head."""
     head = tl.program_id(0)
@@ -63,12 +64,10 @@ def forward_kernel(
     maximum = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     output = tl.zeros([ROWS, C], tl.float32)
-    for j in tl.static_range(len(own_keys)):
-        offset = column + tl.arange(0, C)[None, :]
-        key = tl.load(own_keys[j] + row.to(tl.int64)[:, None] * own_strides[2 * j] + offset, in_range[:, None], 0.0)
-        value = tl.load(
-            own_values[j] + row.to(tl.int64)[:, None] * own_strides[2 * j + 1] + offset, in_range[:, None], 0.0
-        )
+    own_offset = row.to(tl.int64)[:, None] * (2 * TO_VALUE) + column + tl.arange(0, C)[None, :]
+    for j in tl.static_range(len(own_key_values)):
+        key = tl.load(own_key_values[j] + own_offset, in_range[:, None], 0.0)
+        value = tl.load(own_key_values[j] + own_offset + TO_VALUE, in_range[:, None], 0.0)
         logit = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * SCALE
         new_maximum = tl.maximum(maximum, logit)
         weight = tl.exp2(logit - new_maximum)
@@ -78,8 +77,8 @@ def forward_kernel(
         maximum = new_maximum
     start, slot = tl.load(starts + row), tl.load(slots + row)
     output, maximum, total = _attend(
-        output, maximum, total, query, keys, values, column, start, slot, tile_ranges,
-        tl.load(tile_offsets + tile), tl.load(tile_offsets + tile + 1), SCALE, KEYS,
+        output, maximum, total, query, key_values, column, start, slot, tile_ranges,
+        tl.load(tile_offsets + tile), tl.load(tile_offsets + tile + 1), SCALE, TO_VALUE, KEYS,
     )  # fmt: skip
     outputs.store([first_row, head * C], (output / total[:, None]).to(query.dtype))
     # Infinite behind the last row: the backward kernels then give such rows no weight without looking at their number.
@@ -91,9 +90,9 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def grad_own_kernel(
-    queries, outputs, grad_outputs, own_keys, own_values, own_strides, grad_own_keys, grad_own_values, grad_queries,
-    logsumexp, deltas, query_stride, grad_output_stride, num_rows, NUM_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    SCALE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, PADDED_GROUP: tl.constexpr,
+    queries, outputs, grad_outputs, own_key_values, grad_own_key_values, grad_queries, logsumexp, deltas, num_rows,
+    GROUP: tl.constexpr, SCALE: tl.constexpr, C: tl.constexpr, TO_VALUE: tl.constexpr, ROWS: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
 ):  # fmt: skip
     """The gradients of and through own keys and values, and D, for a few rows of one group of heads."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -101,40 +100,38 @@ def grad_own_kernel(
     head = tl.program_id(1) * GROUP + in_group
     in_range = row < num_rows
     mask = (in_range[:, None] & (in_group < GROUP)[None, :])[:, :, None]
-    offset = head[None, :, None] * C + tl.arange(0, C)[None, None, :]
-    own_row = row * NUM_HEADS * C
-    do = tl.load(grad_outputs + row[:, None, None] * grad_output_stride + offset, mask, 0.0).to(tl.float32)
-    output = tl.load(outputs + own_row[:, None, None] + offset, mask, 0.0).to(tl.float32)
+    offset = (row * (TO_VALUE * GROUP))[:, None, None] + head[None, :, None] * C + tl.arange(0, C)[None, None, :]
+    do = tl.load(grad_outputs + offset, mask, 0.0).to(tl.float32)
+    output = tl.load(outputs + offset, mask, 0.0).to(tl.float32)
     delta = tl.sum(do * output, 2)
     padded_rows = tl.cdiv(num_rows, _TILE).to(tl.int64) * _TILE
     statistic = head[None, :] * padded_rows + row[:, None]
     has_statistic = (row < padded_rows)[:, None] & (in_group < GROUP)[None, :]
     tl.store(deltas + statistic, delta, has_statistic)
-    if len(own_keys) > 0:
+    if len(own_key_values) > 0:
         lse = tl.load(logsumexp + statistic, has_statistic, float("inf"))
-        query = tl.load(queries + row[:, None, None] * query_stride + offset, mask, 0.0).to(tl.float32)
+        query = tl.load(queries + offset, mask, 0.0).to(tl.float32)
         dq = tl.zeros([ROWS, PADDED_GROUP, C], tl.float32)
-        own_offset = tl.program_id(1) * C + tl.arange(0, C)[None, :]
-        packed_offset = row[:, None] * (NUM_HEADS // GROUP * C) + own_offset
-        for j in tl.static_range(len(own_keys)):
-            key_offset = row[:, None] * own_strides[2 * j] + own_offset
-            value_offset = row[:, None] * own_strides[2 * j + 1] + own_offset
-            key = tl.load(own_keys[j] + key_offset, in_range[:, None], 0.0).to(tl.float32)[:, None, :]
-            value = tl.load(own_values[j] + value_offset, in_range[:, None], 0.0).to(tl.float32)[:, None, :]
+        own_offset = row[:, None] * (2 * TO_VALUE) + tl.program_id(1) * C + tl.arange(0, C)[None, :]
+        for j in tl.static_range(len(own_key_values)):
+            own = own_key_values[j] + own_offset
+            key = tl.load(own, in_range[:, None], 0.0).to(tl.float32)[:, None, :]
+            value = tl.load(own + TO_VALUE, in_range[:, None], 0.0).to(tl.float32)[:, None, :]
             weight = tl.exp2(tl.sum(query * key, 2) * SCALE - lse)
             dlogit = weight * (tl.sum(do * value, 2) - delta) * (SCALE / _LOG2_E)
             dq += dlogit[:, :, None] * key
             dk = tl.sum(dlogit[:, :, None] * query, 1)
             dv = tl.sum(weight[:, :, None] * do, 1)
-            tl.store(grad_own_keys[j] + packed_offset, dk.to(grad_own_keys[j].dtype.element_ty), in_range[:, None])
-            tl.store(grad_own_values[j] + packed_offset, dv.to(grad_own_values[j].dtype.element_ty), in_range[:, None])
-        tl.store(grad_queries + own_row[:, None, None] + offset, dq.to(grad_queries.dtype.element_ty), mask)
+            grad_own = grad_own_key_values[j] + own_offset
+            tl.store(grad_own, dk.to(grad_own.dtype.element_ty), in_range[:, None])
+            tl.store(grad_own + TO_VALUE, dv.to(grad_own.dtype.element_ty), in_range[:, None])
+        tl.store(grad_queries + offset, dq.to(grad_queries.dtype.element_ty), mask)
 
 
 @triton.jit
 def _add_grad_query(
-    dq, query, do, keys, values, column, lse, delta, start, slot, ranges, first, last,
-    SCALE: tl.constexpr, KEYS: tl.constexpr,
+    dq, query, do, key_values, column, lse, delta, start, slot, ranges, first, last,
+    SCALE: tl.constexpr, TO_VALUE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dq, not yet scaled, after the key blocks of ranges first to last - 1."""
     last_start, first_slot = tl.max(start, 0), tl.min(slot, 0)
@@ -143,8 +140,8 @@ def _add_grad_query(
         end = tl.load(ranges + 2 * i + 1) * (_BLOCK // KEYS)
         for block in tl.range(begin, end):
             first_token = block * KEYS
-            key = keys.load([first_token, column])
-            value = values.load([first_token, column])
+            key = key_values.load([first_token, column])
+            value = key_values.load([first_token, column + TO_VALUE])
             weight = tl.exp2(tl.dot(query, key.T, input_precision="ieee") * SCALE - lse[:, None])
             if (first_token < last_start) | (first_token + KEYS - 1 > first_slot):
                 token = first_token + tl.arange(0, KEYS)[None, :]
@@ -157,9 +154,9 @@ def _add_grad_query(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def grad_query_kernel(
-    queries, keys, values, grad_outputs, grad_queries, logsumexp, deltas, starts, slots,
+    queries, key_values, grad_outputs, grad_queries, logsumexp, deltas, starts, slots,
     tile_order, tile_offsets, tile_ranges, num_rows, HAS_OWN: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
-    C: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    C: tl.constexpr, TO_VALUE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of rows of one query head; what the own keys give is there already, in the inputs' dtype."""
     head = tl.program_id(0)
@@ -176,8 +173,8 @@ def grad_query_kernel(
     query = queries.load([first_row, head * C])
     do = grad_outputs.load([first_row, head * C])
     dq = _add_grad_query(
-        tl.zeros([ROWS, C], tl.float32), query, do, keys, values, column, lse, delta, start, slot, tile_ranges,
-        tl.load(tile_offsets + tile), tl.load(tile_offsets + tile + 1), SCALE, KEYS,
+        tl.zeros([ROWS, C], tl.float32), query, do, key_values, column, lse, delta, start, slot, tile_ranges,
+        tl.load(tile_offsets + tile), tl.load(tile_offsets + tile + 1), SCALE, TO_VALUE, KEYS,
     )  # fmt: skip
     dq *= SCALE / _LOG2_E
     if HAS_OWN:
@@ -219,16 +216,16 @@ def _add_grad_key(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def grad_key_kernel(
-    queries, keys, values, grad_outputs, grad_keys, grad_values, logsumexp, deltas, starts, slots,
+    queries, key_values, grad_outputs, grad_key_values, logsumexp, deltas, starts, slots,
     block_order, block_offsets, block_ranges, num_rows, GROUP: tl.constexpr, SCALE: tl.constexpr,
-    C: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    C: tl.constexpr, TO_VALUE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dK_0 and dV_0 of one block of tokens of one KV head: zeros, where no row reads them."""
     kv_head = tl.program_id(0)
     block = tl.load(block_order + tl.program_id(1) // (_BLOCK // KEYS))
     first_token = block * _BLOCK + tl.program_id(1) % (_BLOCK // KEYS) * KEYS
-    key = keys.load([first_token, kv_head * C])
-    value = values.load([first_token, kv_head * C])
+    key = key_values.load([first_token, kv_head * C])
+    value = key_values.load([first_token, kv_head * C + TO_VALUE])
     dk = tl.zeros([KEYS, C], tl.float32)
     dv = tl.zeros([KEYS, C], tl.float32)
     first_full = tl.load(block_offsets + 2 * block)
@@ -242,5 +239,5 @@ def grad_key_kernel(
         dk, dv, key, value, queries, grad_outputs, logsumexp, deltas, starts, slots, first_token, kv_head * GROUP,
         num_rows, block_ranges, first_masked, end, GROUP, SCALE, True, C, ROWS, KEYS,
     )  # fmt: skip
-    grad_keys.store([first_token, kv_head * C], (dk * (SCALE / _LOG2_E)).to(key.dtype))
-    grad_values.store([first_token, kv_head * C], dv.to(value.dtype))
+    grad_key_values.store([first_token, kv_head * C], (dk * (SCALE / _LOG2_E)).to(key.dtype))
+    grad_key_values.store([first_token, kv_head * C + TO_VALUE], dv.to(value.dtype))

@@ -62,18 +62,18 @@ def test_kernels_are_right_on_a_whole_batch_of_conversations(num_own: int, devic
     check(attention_case("conversations", conversations(2048), num_own, bucket=256), device, torch.bfloat16)
 
 
-def brute_force(
-    query: Tensor, key: Tensor, value: Tensor, own_keys: list[Tensor], own_values: list[Tensor], start: Any, slot: Any
-) -> Tensor:
+def brute_force(query: Tensor, key_value: Tensor, own_key_values: list[Tensor], start: Any, slot: Any) -> Tensor:
     """Row by row and head by head, straight from the definition."""
     num_rows, num_heads, width = query.shape
-    group = num_heads // key.shape[1]
+    num_kv_heads = key_value.shape[1] // 2
+    group = num_heads // num_kv_heads
     rows = []
     for r in range(num_rows):
         for n in range(num_heads):
             m = n // group
-            keys = [key[t, m] for t in range(start[r], slot[r] + 1)] + [own[r, m] for own in own_keys]
-            values = [value[t, m] for t in range(start[r], slot[r] + 1)] + [own[r, m] for own in own_values]
+            readable = [*key_value[start[r] : slot[r] + 1], *(own[r] for own in own_key_values)]
+            keys = [heads[m] for heads in readable]
+            values = [heads[num_kv_heads + m] for heads in readable]
             logits = torch.stack([query[r, n] @ k / math.sqrt(width) for k in keys])
             weights = logits.exp() / logits.exp().sum()
             rows.append(sum(weight * v for weight, v in zip(weights, values, strict=True)))
@@ -86,18 +86,16 @@ def test_the_reference_is_the_definition() -> None:
     start, slot = torch.tensor([4, 0, 4, 0, 4, 9, 0]), torch.tensor([6, 3, 8, 0, 6, 9, 2])
     inputs = {
         "query": numbers.leaf(6, 4, 3),
-        "key": numbers.leaf(10, 2, 3),
-        "value": numbers.leaf(10, 2, 3),
-        **{f"own_{i}": numbers.leaf(7, 2, 3) for i in range(4)},
+        "key_value": numbers.leaf(10, 4, 3),
+        "own_1": numbers.leaf(7, 4, 3),
+        "own_2": numbers.leaf(7, 4, 3),
     }
 
-    def with_lists(function: Any) -> Any:
-        return lambda query, key, value, own_0, own_1, own_2, own_3: function(
-            query, key, value, [own_0, own_1], [own_2, own_3], start, slot
-        )
+    def with_list(function: Any) -> Any:
+        return lambda query, key_value, own_1, own_2: function(query, key_value, [own_1, own_2], start, slot)
 
-    actual = run(with_lists(ttt_attention_reference), inputs)
-    expected = run(with_lists(brute_force), in_float64(inputs))
+    actual = run(with_list(ttt_attention_reference), inputs)
+    expected = run(with_list(brute_force), in_float64(inputs))
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -107,12 +105,12 @@ def test_rows_may_come_twice_and_own_keys_may_have_more_rows_than_are_asked_for(
     def make_inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
         numbers = Numbers(device, dtype)
         plan = AttentionPlan(*(part.to(device) for part in plan_attention(start, slot, 170)))
-        parts = {"query": numbers.leaf(145, 2, 16), "key": numbers.leaf(170, 1, 16), "value": numbers.leaf(170, 1, 16)}
-        return {**parts, "own_key": numbers.leaf(150, 1, 16), "own_value": numbers.leaf(147, 1, 16), "plan": plan}
+        own = {"own_1": numbers.leaf(150, 2, 16), "own_2": numbers.leaf(145, 2, 16)}
+        return {"query": numbers.leaf(145, 2, 16), "key_value": numbers.leaf(170, 2, 16), **own, "plan": plan}
 
     def op(function: Any) -> Any:
-        return lambda query, key, value, own_key, own_value, plan: function(
-            query, key, value, [own_key], [own_value], start.to(query.device), slot.to(query.device), plan
+        return lambda query, key_value, own_1, own_2, plan: function(
+            query, key_value, [own_1, own_2], start.to(query.device), slot.to(query.device), plan
         )
 
     case = small_case("documents")
@@ -132,9 +130,8 @@ def test_queries_keys_and_values_may_be_slices_of_one_tensor(gap: int, device: t
 
     def op(function: Any) -> Any:
         def attend(fused: Tensor) -> Tensor:
-            query, key, value = fused[:, gap:].split((64, 32, 32), dim=1)
-            key, value = key.unflatten(1, (2, 16)), value.unflatten(1, (2, 16))
-            return function(query.unflatten(1, (4, 16)), key, value, [key], [value], start, slot, plan)
+            query_RNC, key_value_TEC = fused[:, gap:].unflatten(1, (8, 16)).split(4, dim=1)
+            return function(query_RNC, key_value_TEC, [key_value_TEC], start, slot, plan)
 
         return attend
 
@@ -157,29 +154,32 @@ def test_queries_keys_and_values_may_be_slices_of_one_tensor(gap: int, device: t
 def test_one_token_and_its_own_key_share_the_weight(device: torch.device) -> None:
     """Equal logits: half of each value, and half of the gradient to each."""
     key = torch.ones(1, 1, 16, device=device)
-    value, own_value = (torch.full_like(key, x).requires_grad_() for x in (1.0, 4.0))
+    key_value, own = (torch.cat((key, torch.full_like(key, x)), dim=1).requires_grad_() for x in (1.0, 4.0))
     zero = torch.tensor([0])
     plan = AttentionPlan(*(part.to(device) for part in plan_attention(zero, zero, 1)))
-    output = ttt_attention(key, key, value, [key], [own_value], zero.to(device), zero.to(device), plan)
+    output = ttt_attention(key, key_value, [own], zero.to(device), zero.to(device), plan)
     torch.testing.assert_close(output, torch.full_like(key, 2.5))
     output.backward(torch.full_like(key, 3.0))
-    torch.testing.assert_close(value.grad, torch.full_like(key, 1.5))
-    torch.testing.assert_close(own_value.grad, torch.full_like(key, 1.5))
+    assert key_value.grad is not None
+    assert own.grad is not None
+    torch.testing.assert_close(key_value.grad[:, 1:], torch.full_like(key, 1.5))
+    torch.testing.assert_close(own.grad[:, 1:], torch.full_like(key, 1.5))
+    # A key's logit gains what its value is above the output's 2.5, times the weight 1/2, the gradient 3 and 16 numbers.
+    torch.testing.assert_close(key_value.grad[:, :1], torch.full_like(key, -1.5 * 0.5 * 3 * 16 / 4))
+    torch.testing.assert_close(own.grad[:, :1], torch.full_like(key, 1.5 * 0.5 * 3 * 16 / 4))
 
 
 def test_step_0_keys_that_no_row_reads_have_a_gradient_of_zero(device: torch.device) -> None:
     gradients = run(small_case("documents").op, small_case("documents").make_inputs(device, torch.float32)).gradients
     # The second document, tokens 100 to 139, has no supervised slot; the last two of the first are done before step 2.
-    assert (gradients["key_TMC"][98:140] == 0).all()
-    assert (gradients["value_TMC"][98:140] == 0).all()
-    assert (gradients["value_TMC"][:98] != 0).any(dim=2).all()
+    assert (gradients["key_value_TEC"][98:140] == 0).all()
+    assert (gradients["key_value_TEC"][:98, 2:] != 0).any(dim=2).all()
 
 
 def test_no_rows_have_no_output_and_no_gradient(device: torch.device) -> None:
     inputs = small_case("documents").make_inputs(device, torch.float32)
-    own = [inputs["own_key_1"]], [inputs["own_value_1"]]
     rows = inputs["start_R"], inputs["slot_R"], inputs["plan"]
-    output = ttt_attention(inputs["query_RNC"][:0], inputs["key_TMC"], inputs["value_TMC"], *own, *rows)
+    output = ttt_attention(inputs["query_RNC"][:0], inputs["key_value_TEC"], [inputs["own_key_value_1"]], *rows)
     assert output.shape == (0, 4, 16)
     output.sum().backward()
     assert (inputs["query_RNC"].grad == 0).all()
@@ -270,20 +270,22 @@ def test_plans_of_batches_of_one_size_have_the_same_shapes() -> None:
 
 def test_what_does_not_belong_together_is_refused(device: torch.device) -> None:
     inputs = small_case("documents").make_inputs(device, torch.float32)
-    query, key, value = inputs["query_RNC"], inputs["key_TMC"], inputs["value_TMC"]
+    query, key_value, own = inputs["query_RNC"], inputs["key_value_TEC"], inputs["own_key_value_1"]
     start, slot, plan = inputs["start_R"], inputs["slot_R"], inputs["plan"]
     with pytest.raises(ValueError, match="N a multiple of M"):
-        ttt_attention(query[:, :3], key, value, [], [], start, slot, plan)
-    with pytest.raises(ValueError, match="must be as many of each"):
-        ttt_attention(query, key, value, [inputs["own_key_1"]], [], start, slot, plan)
-    with pytest.raises(ValueError, match=f"{len(query)} or more"):
-        ttt_attention(query, key, value, [key[:5]], [value[:5]], start, slot, plan)
+        ttt_attention(query[:, :3], key_value, [], start, slot, plan)
+    with pytest.raises(ValueError, match=r"must be \[R, N, C\] and \[T, 2 M, C\]"):
+        ttt_attention(query, key_value[:, :3], [], start, slot, plan)
+    with pytest.raises(ValueError, match=f"must be .{len(query)} or more, 4, 16"):
+        ttt_attention(query, key_value, [own, key_value[:5]], start, slot, plan)
+    with pytest.raises(ValueError, match=f"must be .{len(query)} or more, 4, 16"):
+        ttt_attention(query, key_value, [own[:, :2]], start, slot, plan)
     with pytest.raises(ValueError, match="is not that of a pass of 100 rows over 299 tokens"):
-        ttt_attention(query[:100], key, value, [], [], start[:100], slot[:100], plan)
+        ttt_attention(query[:100], key_value, [], start[:100], slot[:100], plan)
     with pytest.raises(ValueError, match="is not that of a pass of 213 rows over 120 tokens"):
-        ttt_attention(query, key[:120], value[:120], [], [], start, slot, plan)
+        ttt_attention(query, key_value[:120], [], start, slot, plan)
     with pytest.raises(ValueError, match="head width 12: the kernels need a power of two"):
-        ttt_attention(query[..., :12], key[..., :12], value[..., :12], [], [], start, slot, plan)
+        ttt_attention(query[..., :12], key_value[..., :12], [], start, slot, plan)
 
 
 def test_float64_and_references_need_no_triton(device: torch.device) -> None:
