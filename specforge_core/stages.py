@@ -158,7 +158,7 @@ class TrainSpec(StageSpec):
     """Hidden states in, a draft checkpoint out."""
 
     stage: ClassVar[str] = "train"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     facts_type: ClassVar[type[Record]] = DraftCheckpoint
 
     target: ResolvedTarget

@@ -105,7 +105,7 @@ def index_rows(
     )
     return RowIndex(
         passes=passes,
-        num_positions=int((token_T - start_T).max()) + 1 + num_steps,
+        num_positions=_round_up(int((token_T - start_T).max()) + 1 + num_steps, bucket),
     )
 
 
