@@ -42,6 +42,20 @@ WARMUP_SHARE, DECAY_SHARE = 0.02, 0.5
 CHECKPOINT_EVERY_S = 120.0
 
 
+class Size(NamedTuple):
+    """A Llama; its heads are 64 wide."""
+
+    width: int
+    num_layers: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+
+
+DEMO = Size(192, 16, 512, 4, 2)
+"""7.5 M parameters: narrow and deep, because a draft gains by the target's depth."""
+
+
 class Plan(NamedTuple):
     """How much to train: wall clock, rows of data, tokens a micro-batch and micro-batches a step."""
 
@@ -51,6 +65,8 @@ class Plan(NamedTuple):
     num_micro_batches: int
     num_eval_prompts: int
     max_new_tokens: int
+    compiles: bool = True
+    """On a GPU; it takes a minute or two that the wall clock does not count."""
 
 
 FULL = Plan(8.0, 3_000_000, 65_536, 2, 192, 320)
@@ -74,15 +90,15 @@ class TrainingTotals(NamedTuple):
     final_train_loss: float
 
 
-def new_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """A fresh Llama of 7.5 M parameters: narrow and deep, because a draft gains by the target's depth."""
+def new_model(tokenizer: PreTrainedTokenizerBase, size: Size) -> LlamaForCausalLM:
+    """A fresh model for that tokenizer."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        num_hidden_layers=16,
-        intermediate_size=512,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=size.width,
+        num_hidden_layers=size.num_layers,
+        intermediate_size=size.intermediate_size,
+        num_attention_heads=size.num_heads,
+        num_key_value_heads=size.num_kv_heads,
         head_dim=64,
         tie_word_embeddings=True,
         max_position_embeddings=MAX_POSITIONS,
@@ -193,7 +209,8 @@ def train(model: LlamaForCausalLM, corpus: TokenizedCorpus, plan: Plan, *, seed:
     device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
     compute = Compute(layer_output, weighted_loss_sum, torch.bfloat16 if on_gpu else torch.float32)
-    if on_gpu:
+    is_compiled = on_gpu and plan.compiles
+    if is_compiled:
         torch._dynamo.config.recompile_limit = 128
         compute = Compute(
             torch.compile(layer_output, dynamic=False), torch.compile(weighted_loss_sum, dynamic=False), compute.dtype
@@ -201,7 +218,7 @@ def train(model: LlamaForCausalLM, corpus: TokenizedCorpus, plan: Plan, *, seed:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=on_gpu)
     pad_id = model.config.pad_token_id
     stream = batches(corpus, micro_batch_tokens=plan.micro_batch_tokens, pad_id=pad_id, seed=seed, device=device)
-    if on_gpu:
+    if is_compiled:
         warm_up(model, stream, compute, autocast)
     stepping = optimizers(model, device)
     base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in stepping]
@@ -294,7 +311,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.out)
     logger.info("tokenizer of %d tokens written", len(tokenizer))
     corpus = build_corpus(args.out, args.data, num_conversations=plan.num_conversations, seed=args.seed)
-    model = new_model(tokenizer).to(args.device)
+    model = new_model(tokenizer, DEMO).to(args.device)
     logger.info("%.2f M parameters on %s", sum(p.numel() for p in model.parameters()) / 1e6, args.device)
     totals = train(model, corpus, plan, seed=args.seed, out=args.out)
     logger.info("trained: %s", totals)
