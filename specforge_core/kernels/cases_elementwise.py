@@ -1,6 +1,6 @@
-"""Cases of the kernels that are bound by memory: norm, activation, rotation.
+"""Cases of the kernels that are bound by memory: norm, activation, rotation, float8.
 
-R rows, D width, I feed-forward width, C head width, X rows of an embedding half, E its columns, P positions.
+R rows, D width, I feed-forward width, K columns, C head width, X rows of an embedding half, E its columns, P positions.
 """
 
 from collections.abc import Sequence
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from specforge_core.kernels.cases import Case, Inputs, Numbers, Work
+from specforge_core.kernels.quantize_rows import quantize_rows, quantize_rows_reference
 from specforge_core.kernels.rms_norm import residual_rms_norm, rms_norm, rms_norm_reference
 from specforge_core.kernels.rope import Angles, Part, add_rope, add_rope_reference
 from specforge_core.kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_reference, swiglu_reference
 
-BFLOAT16, FLOAT32 = 2, 4
+FLOAT8, BFLOAT16, FLOAT32 = 1, 2, 4
 """Bytes of a number."""
 # A pass of training, and the widths of a Llama 3.1 8B; 7168 is no power of two.
 NUM_ROWS = 4096
@@ -30,6 +31,8 @@ def cases() -> tuple[Case, ...]:
         swiglu_backward_case(NUM_ROWS, 14336),
         add_rope_case(NUM_ROWS, {"query": (32, 32)}, head_width=128),
         add_rope_case(NUM_ROWS, {"query": (32, 32), "key_value": (16, 8)}, head_width=128),
+        quantize_rows_case(NUM_ROWS, 4096),
+        quantize_rows_case(NUM_ROWS, 28672),
     )
 
 
@@ -155,6 +158,24 @@ def add_rope_case(num_rows: int, heads: dict[str, tuple[int, int]], head_width: 
         shapes={"R": num_rows, "C": head_width} | {name: num_heads for name, (num_heads, _) in heads.items()},
         bytes=Work(3 * size * BFLOAT16 + tables, 2 * size * BFLOAT16 + 2 * size * FLOAT32 + tables),
         flops=Work(4 * size, 4 * size),
+    )
+
+
+def quantize_rows_case(num_rows: int, width: int) -> Case:
+    """Rows in float8, of which every bit must be right."""
+
+    def bits(values_RK: Tensor, scale_R: Tensor) -> tuple[Tensor, Tensor]:
+        return values_RK.view(torch.uint8), scale_R
+
+    size = num_rows * width
+    return Case(
+        f"quantize_rows {num_rows} x {width}",
+        lambda device, dtype: {"x_RK": Numbers(device, dtype).normal(num_rows, width)},
+        lambda x_RK: bits(*quantize_rows(x_RK)),
+        lambda x_RK: bits(*quantize_rows_reference(x_RK)),
+        shapes={"R": num_rows, "K": width},
+        bytes=Work(size * (BFLOAT16 + FLOAT8) + num_rows * FLOAT32, 0),
+        flops=Work(3 * size, 0),
     )
 
 

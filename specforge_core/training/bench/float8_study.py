@@ -181,7 +181,6 @@ def train_large_target(study: Study, folder: Path) -> str:
     num_conversations = study.budgets.large_corpus
     corpus = build_corpus(folder, study.work / "corpus", num_conversations=num_conversations, seed=0)
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
     model = new_model(load_tokenizer(folder), study.budgets.large_size).to(study.device)
     # Compiling six shapes takes about as long as it saves in so few minutes.
     plan = Plan(
