@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from specforge_core.artifacts import Artifact, Conversations, Store, seal
+from specforge_core.artifacts import Artifact, Conversations, Store, seal, write_atomically
 from specforge_core.data import regenerate, vocab
 from specforge_core.data.loader import FeatureSet
 from specforge_core.data.shards import load_index
@@ -35,6 +35,7 @@ from specforge_core.stages import CaptureSpec, RegenerateSpec, ResolvedTarget, S
 from specforge_core.targets import capture
 from specforge_core.training import train
 from specforge_core.training.bench.float8_results import (
+    NAME,
     Outcome,
     StudiedTarget,
     StudyRun,
@@ -56,7 +57,8 @@ DEMO_ENTRY = "demo"
 LARGE = Size(width=1024, num_layers=10, intermediate_size=2816, num_heads=16, num_kv_heads=8)
 TINY = Size(width=64, num_layers=8, intermediate_size=128, num_heads=2, num_kv_heads=1)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-MODEL_FACTS_NAME = "studied_target.json"
+ORIGIN_NAME = "origin.txt"
+"""Beside a target's weights once they are whole: how they were made."""
 DECODING_ROWS = 256
 """Answered at once on a GPU."""
 
@@ -126,9 +128,10 @@ class Subject(NamedTuple):
 def main() -> None:
     arguments = _parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    path = arguments.out / f"{NAME}.json"
     if arguments.merge:
-        result = load_study(arguments.out / "float8.json")
-        for run in (run for path in arguments.merge for run in load_study(path).runs):
+        result = load_study(path)
+        for run in (run for other in arguments.merge for run in load_study(other).runs):
             result = result.plus(run)
         write_study(result, arguments.out)
         return
@@ -145,10 +148,10 @@ def main() -> None:
             commit=arguments.commit,
         )
         for name in arguments.targets:
-            result = load_study(arguments.out / "float8.json")
+            result = load_study(path)
             for run in measured_runs(SUBJECTS[name](study), study):
                 write_study(result.plus(run), arguments.out)
-    sys.stdout.write((arguments.out / "float8.md").read_text(encoding="utf-8"))
+    sys.stdout.write(path.with_suffix(".md").read_text(encoding="utf-8"))
 
 
 def demo_subject(study: Study) -> Subject:
@@ -160,13 +163,12 @@ def demo_subject(study: Study) -> Subject:
 def large_subject(study: Study) -> Subject:
     """A larger target of the same kind, trained here unless the work folder has it."""
     folder = study.work / "large-target"
-    if not (folder / MODEL_FACTS_NAME).exists():
-        origin = train_large_target(study, folder)
-        (folder / MODEL_FACTS_NAME).write_text(origin, encoding="utf-8")
-    origin = (folder / MODEL_FACTS_NAME).read_text(encoding="utf-8")
+    origin = folder / ORIGIN_NAME
+    if not origin.exists():
+        write_atomically(origin, train_large_target(study, folder))
     dtype = "bfloat16" if study.device == "cuda" else "float32"
     target = resolve_target(TargetConfig(model=str(folder.absolute()), dtype=dtype), study.base_dir)
-    return _subject("larger target", origin, target, study.entry, study.budgets.large)
+    return _subject("larger target", origin.read_text(encoding="utf-8"), target, study.entry, study.budgets.large)
 
 
 SUBJECTS: dict[str, Callable[[Study], Subject]] = {"demo": demo_subject, "large": large_subject}
