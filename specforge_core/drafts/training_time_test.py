@@ -232,7 +232,8 @@ def run_steps(
         with record_function("feed-forward"):
             normed_RD, residual_RD = residual_rms_norm(residual_RD, layer.post_attention_layernorm.weight, shape.eps)
             hidden_RD = feed_forward(normed_RD, residual_RD)
-        output_RD, hidden_RD = residual_rms_norm(hidden_RD, draft.norm.weight, shape.eps)
+        with record_function("head"):
+            output_RD, hidden_RD = residual_rms_norm(hidden_RD, draft.norm.weight, shape.eps)
         outputs.append(output_RD)
         if draft.norm_output:
             hidden_RD = output_RD
@@ -257,7 +258,8 @@ def run_pass(draft: "Eagle3Draft", weights: Weights, shared: Shared, batch: Draf
         )
     if torch.is_grad_enabled():
         torch.autograd.backward(outputs, head.hidden_grads)
-        feed_forward.accumulate()
+        with record_function("feed-forward"):
+            feed_forward.accumulate()
     return _sums(head, step_weights, draft.num_positions)
 
 

@@ -25,13 +25,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.profiler import record_function
 
 from specforge_core.kernels.accumulate import accumulate_product, wide_product
 from specforge_core.kernels.dispatch import uses_triton
 from specforge_core.kernels.float8_product import Float8Weight, float8_product
 from specforge_core.kernels.precision import at_least_float32
 
-CHUNK_ROWS = 8192
+CHUNK_ROWS = 6144
 """Rows whose logits exist at a time: enough that adding to dW, a float32 matrix, is cheap next to the product."""
 CPU_CHUNK_ELEMENTS = 1 << 20
 """Logits that exist at a time on a CPU: few enough to stay in its cache."""
@@ -249,11 +250,13 @@ def linear_soft_cross_entropy(
     _check_shapes(hidden, weight_WH, teacher, (teacher_R, depth_R), step_weights)
     fused = uses_triton("linear_soft_cross_entropy", weight_WH)
     sums_dtype = torch.promote_types(weight_WH.dtype, torch.float32)
+    with record_function("teacher"):
+        target = _make_target(teacher, fused=fused)
     job = _Job(
         hidden=hidden,
         weight_WH=weight_WH,
         weight_float8=weight_float8,
-        target=_make_target(teacher, fused=fused),
+        target=target,
         teacher_R=teacher_R,
         depth_R=depth_R,
         step_weights=tuple(float(weight) for weight in step_weights),
