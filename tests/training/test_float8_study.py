@@ -93,7 +93,7 @@ def test_runs_of_several_machines_are_merged_and_a_repeated_one_is_replaced(tmp_
 @pytest.mark.timeout(600)
 def test_a_smoke_run_measures_drafts_with_and_without_float8_features(tmp_path: Path) -> None:
     out, work = tmp_path / "out", tmp_path / "work"
-    command = [*STUDY, "--smoke", "--targets", "demo", "large", "--seeds", "2", "--target-minutes", "0.3"]
+    command = [*STUDY, "--smoke", "--targets", "demo", "large", "--seeds", "2", "--target-minutes", "0.6"]
     command += ["--out", str(out), "--work", str(work)]
     subprocess.run(command, cwd=ROOT, check=True)
     study = load_study(out / "float8.json")

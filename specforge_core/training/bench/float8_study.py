@@ -188,7 +188,7 @@ def train_large_target(study: Study, folder: Path) -> str:
     plan = Plan(
         minutes=study.target_minutes,
         num_conversations=num_conversations,
-        micro_batch_tokens=32_768 if study.device == "cuda" else 2_560,
+        micro_batch_tokens=32_768 if study.device == "cuda" else 1024,
         num_micro_batches=1,
         num_eval_prompts=0,
         max_new_tokens=0,
