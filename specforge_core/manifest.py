@@ -140,7 +140,7 @@ class FeaturesConfig(Config):
 
     mode: Literal["stored"] = "stored"
     dtype: FeatureDtype = "bfloat16"
-    """`float8`: half of the disk and of its traffic, with a scale for each vector."""
+    """`float8`: half of the disk and of its traffic, with a scale for each vector; see reports/training/float8.md."""
     tokens_per_shard: PositiveInt = 262_144
 
 
@@ -163,7 +163,8 @@ class TrainingConfig(Config):
     weight_decay: float = Field(default=0.0, ge=0.0)
     max_grad_norm: PositiveFloat = 0.5
     float8_matmuls: bool = False
-    """Head and feed-forward multiply in float8, but for the gradients of their weights. Needs a GPU that can."""
+    """Head and feed-forward multiply in float8, but for the gradients of their weights. Needs a GPU that can; what it
+    does to acceptance is in reports/training/float8.md."""
     warmup_fraction: Fraction = 0.015
     seed: int = 0
     eval_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.02
