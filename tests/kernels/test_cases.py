@@ -1,12 +1,15 @@
 """Every kernel at the size of training, in bfloat16, on a GPU; and that the check of a case can fail."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from specforge_core.kernels import dispatch
 from specforge_core.kernels.cases import Case, Inputs, Numbers, Work, all_cases, assert_within_error_budget, check
+from specforge_core.kernels.cases_head import head_case
 
 
 @pytest.mark.gpu
@@ -100,3 +103,35 @@ def test_the_budget_is_twice_eagers_error_and_two_roundings() -> None:
     assert_within_error_budget(right, exact, eager, what="x", factor=2)
     with pytest.raises(AssertionError, match=r"x: largest error 2.500e\+00 is over its budget 2.000e\+00"):
         assert_within_error_budget(wrong, exact, eager, what="x", factor=2)
+
+
+def test_a_sum_of_n_numbers_may_be_off_by_sqrt_n_of_their_roundings(device: torch.device) -> None:
+    # 64 ones, summed in float32. Two roundings to bfloat16 of 2^-7 each, times sqrt(64) = 8, are 0.125.
+    def summing(error: float) -> Case:
+        return doubling(
+            make_inputs=lambda device, dtype: {"x": torch.ones(64, device=device, dtype=dtype)},
+            op=lambda x: x.sum(dtype=torch.float32) + error,
+            reference=lambda x: x.sum(dtype=torch.promote_types(x.dtype, torch.float32)),
+            num_summed=64,
+        )
+
+    check(summing(0.12), device, torch.bfloat16)
+    with pytest.raises(AssertionError, match=r"error 1.300e-01 is over its budget 1.250e-01"):
+        check(summing(0.13), device, torch.bfloat16)
+
+
+def test_an_acceptance_that_forgets_the_target_fails_its_check(device: torch.device) -> None:
+    case = head_case("small", num_rows=256, num_steps=2, width=256, vocab_size=512)
+
+    def forgets(**inputs: Any) -> tuple[Tensor, ...]:
+        with dispatch.references(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "minimum", lambda p, own, out: p)
+            return case.op(**inputs)
+
+    def remembers(**inputs: Any) -> tuple[Tensor, ...]:
+        with dispatch.references():
+            return case.op(**inputs)
+
+    check(dataclasses.replace(case, op=remembers), device, torch.bfloat16)
+    with pytest.raises(AssertionError, match="output 2: largest error"):
+        check(dataclasses.replace(case, op=forgets), device, torch.bfloat16)
