@@ -3,10 +3,12 @@
     python -m specforge_core.kernels.bench [--only NAME] [--out DIR]
 
 A case is checked before it is timed, and not timed if it is wrong. What is timed are replays of a CUDA graph, so the
-host's share of a call is in no number, and the cache is flushed before each. `--out` writes <gpu>.json and <gpu>.md.
+host's share of a call is in no number but those of a rival that waits for the device, and the cache is flushed before
+each. `--out` writes <gpu>.json and <gpu>.md.
 """
 
 import argparse
+import gc
 import logging
 import re
 import sys
@@ -78,6 +80,8 @@ class Row(Record):
     """Which that is."""
     eager_ms: Timing | None
     """None if it could not run."""
+    eager_is_captured: bool
+    """Or else calls were timed, and not replays: it waits for the device."""
     compiled_ms: Timing | None
     """None if it could not run, or if the case is none for torch.compile."""
     ours_ms: Timing
@@ -118,16 +122,16 @@ def measure_case(case: Case, ceilings: Ceilings) -> tuple[Row, ...]:
 
 
 def _measure_row(case: Case, compiled: Callable[..., Any] | None, direction: Direction, ceilings: Ceilings) -> Row:
-    def timing(function: Callable[..., Any]) -> Timing:
-        inputs = case.make_inputs(torch.device("cuda"), torch.bfloat16)
-        return time_calls(captured(CALLS[direction](function, inputs)).replay)
+    def timing(function: Callable[..., Any], *, as_graph: bool = True) -> Timing:
+        call = CALLS[direction](function, case.make_inputs(torch.device("cuda"), torch.bfloat16))
+        return time_calls(captured(call).replay if as_graph else call)
 
-    def timing_of_rival(name: str, function: Callable[..., Any] | None) -> Timing | None:
+    def timing_of_rival(name: str, function: Callable[..., Any] | None, *, as_graph: bool = True) -> Timing | None:
         if function is None:
             return None
         try:
-            return timing(function)
-        except RuntimeError as error:  # out of memory, what torch.compile cannot compile, or a graph cannot capture
+            return timing(function, as_graph=as_graph)
+        except RuntimeError as error:  # out of memory, or what torch.compile cannot compile
             logger.warning("%s, %s: %s does not run: %s", case.name, direction, name, str(error).partition("\n")[0])
             return None
 
@@ -142,7 +146,8 @@ def _measure_row(case: Case, compiled: Callable[..., Any] | None, direction: Dir
         num_flops=num_flops,
         least_ms=least_ms,
         bound=bound,
-        eager_ms=timing_of_rival("eager PyTorch", case.reference),
+        eager_ms=timing_of_rival("eager PyTorch", case.reference, as_graph=not case.reference_waits),
+        eager_is_captured=not case.reference_waits,
         compiled_ms=timing_of_rival("torch.compile", compiled),
         ours_ms=timing(case.op),
     )
@@ -177,7 +182,7 @@ CALLS: dict[Direction, Callable[[Callable[..., Any], Inputs], Callable[[], Any]]
 
 
 def captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """`call` as a CUDA graph. Raises: RuntimeError if it waits for the device."""
+    """`call`, which does not wait for the device, as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -209,6 +214,8 @@ def measure(cases: Sequence[Case], made_on: Environment) -> KernelReport:
         except (AssertionError, torch.OutOfMemoryError) as error:
             failures[case.name] = str(error)
             logger.error("%s fails its check and is not timed: %s", case.name, error)
+        # Only here no exception, and so none of its frames, holds the tensors of a case that failed.
+        gc.collect()
         torch.cuda.empty_cache()
         logger.info("%s: %.0f s since the start", case.name, time.monotonic() - started_at)
     return KernelReport(
@@ -236,7 +243,8 @@ def markdown(report: KernelReport) -> str:
         f"percentile); {report.dtype}, float32 inside. Of ceiling: the least bytes or FLOPs at the device's own rate, "
         f"over our time; a copy of {COPY_BYTES / 2**30:.0f} GiB reads and writes {copy}, a product of two matrices of "
         f"{MATMUL_WIDTH} rows and columns runs at {matmul}. Speedup: over torch.compile, or over eager PyTorch where "
-        "there is none. Every case was first checked against float64."
+        "there is none. Every case was first checked against float64. *: calls in the place of replays, the host's "
+        "share included, as it waits for the device."
     )
     return (
         f"# Kernels on {made_on.gpu}\n\n{table}\n\n{failures}{legend}\n\n"
@@ -256,7 +264,7 @@ def _cells(row: Row) -> dict[str, str]:
     return {
         "case": row.case,
         "direction": row.direction,
-        "eager": _milliseconds(row.eager_ms),
+        "eager": _milliseconds(row.eager_ms) + ("" if row.eager_is_captured or row.eager_ms is None else " *"),
         "torch.compile": _milliseconds(row.compiled_ms),
         "ours": _milliseconds(row.ours_ms),
         "rate": rate,

@@ -98,6 +98,8 @@ def attention_case(
         # Two products forward, five backward.
         flops=Work(4 * heads.width * num_logits, 10 * heads.width * num_logits),
         has_compiled_rival=False,
+        # It asks the device where documents begin.
+        reference_waits=True,
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from specforge_core.artifacts import Environment
 from specforge_core.kernels import bench
@@ -36,6 +37,7 @@ def report(**failures: str) -> KernelReport:
         least_ms=least_ms,
         bound=bound,
         eager_ms=timing(6.0),
+        eager_is_captured=True,
         compiled_ms=timing(3.0),
         ours_ms=timing(2.0),
     )
@@ -55,6 +57,13 @@ def test_the_report_says_rate_distance_to_the_ceiling_and_speedup() -> None:
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     # 3e9 bytes in 2 ms are 1500 GB/s, 75 % of 2000; torch.compile takes 3 ms.
     assert cells[-3:] == ["1,500 GB/s", "75%", "1.50x"]
+
+
+def test_the_report_marks_a_rival_that_waits_for_the_device() -> None:
+    captured = report()
+    waiting = captured.model_copy(update={"rows": (captured.rows[0].model_copy(update={"eager_is_captured": False}),)})
+    assert "| 6.000 (6.000 to 6.000) |" in markdown(captured)
+    assert "| 6.000 (6.000 to 6.000) * |" in markdown(waiting)
 
 
 def test_the_report_is_written_for_programs_and_for_people(tmp_path: Path) -> None:
@@ -113,12 +122,26 @@ def test_a_wrong_case_is_not_timed_and_the_others_are(device: torch.device) -> N
 
 
 @pytest.mark.gpu
+def test_a_rival_that_waits_for_the_device_is_timed_without_a_graph(device: torch.device) -> None:
+    swiglu = swiglu_case(64, 1024)
+
+    def waits(gate_up_R2I: Tensor) -> Tensor:
+        return swiglu.reference(gate_up_R2I) * int(gate_up_R2I.isfinite().all())
+
+    found = bench.measure(
+        [dataclasses.replace(swiglu, reference=waits, reference_waits=True, has_compiled_rival=False)], MADE_ON
+    )
+    assert not found.failures
+    assert all(row.eager_ms is not None and not row.eager_is_captured for row in found.rows)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("make", [residual_rms_norm_case, swiglu_case])
 def test_a_replayed_graph_computes_anew(make: Callable[[int, int], Case], device: torch.device) -> None:
     case = make(64, 1024)
     inputs = case.make_inputs(device, torch.bfloat16)
     static = {name: value.detach().clone().requires_grad_(value.requires_grad) for name, value in inputs.items()}
-    kept: list[torch.Tensor] = []
+    kept: list[Tensor] = []
 
     def call() -> None:
         kept[:] = as_tuple(case.op(**static))
