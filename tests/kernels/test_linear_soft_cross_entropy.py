@@ -344,13 +344,6 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", cases_head.cases(), ids=lambda case: case.name)
-def test_training_shapes_in_bfloat16(case: cases.Case) -> None:
-    torch.cuda.empty_cache()
-    cases.check(case, torch.device("cuda"), torch.bfloat16)
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bfloat16_is_within_eager_errors(shape: str, device: torch.device) -> None:
     inputs = make_inputs(device, *SHAPES[shape]).to(torch.bfloat16)
