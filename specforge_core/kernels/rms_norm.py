@@ -27,6 +27,9 @@ from specforge_core.kernels.precision import at_least_float32
 MAX_WIDTH = 32768
 # A program of 256 threads takes about 80 registers a thread, so this many share one multiprocessor.
 BACKWARD_PROGRAMS_PER_PROCESSOR = 3
+# What the forward pass takes for 16 values a thread. Where columns are masked the compiler would take 48, and of 512
+# threads a multiprocessor would have room for two programs instead of three.
+FORWARD_REGISTERS = 40
 
 
 class Normed(NamedTuple):
@@ -64,11 +67,13 @@ class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         x_RD = _rows(x)
+        width = x_RD.shape[1]
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         reciprocal_R = torch.empty(len(x_RD), dtype=torch.float32, device=x.device)
         _forward[(len(x_RD),)](
-            x_RD, weight_D, y, reciprocal_R, x_RD.stride(0), eps, WIDTH=x_RD.shape[1], **_block(x_RD.shape[1])
-        )
+            x_RD, weight_D, y, reciprocal_R, x_RD.stride(0), eps,
+            WIDTH=width, maxnreg=FORWARD_REGISTERS if width <= 8192 else None, **_block(width),
+        )  # fmt: skip
         ctx.save_for_backward(x_RD, weight_D, reciprocal_R)
         # An output that nothing used has no gradient, rather than one of zeros to read.
         ctx.set_materialize_grads(False)
