@@ -16,7 +16,7 @@ from torch.autograd.function import FunctionCtx
 
 from specforge_core.kernels.accumulate import accumulate_product
 from specforge_core.kernels.float8_product import Float8Weight, float8_product, float8_weight
-from specforge_core.kernels.swiglu import SwiGLUBackward, swiglu, swiglu_backward
+from specforge_core.kernels.swiglu import swiglu, swiglu_backward
 
 
 class Source(NamedTuple):
@@ -93,50 +93,28 @@ def linear(input_RI: Tensor, weight: Weight, residual_RO: Tensor | None = None) 
 class FeedForward:
     """The feed-forward of the steps of one pass: down(silu(gate x) * up x) + residual.
 
-    Only x, gate and up are saved; their product is computed again. The rows of all steps lie below each other, and the
-    gradient of gate and up takes their place, so that each weight gets its gradient from one product at the end of the
-    pass. By then what attention and norms had saved is gone: memory has its peak before that.
+    Only x, gate and up are saved; their product is computed again. Gate and up of all steps lie below each other and so
+    do their gradients, which take their place: their weight, the largest of the layer, gets its gradient from one
+    product at the end of the pass.
     """
 
     def __init__(self, gate_up: Weight, down: Weight, num_rows: int) -> None:
         """Args: num_rows: of all steps together."""
         self.gate_up, self.down = gate_up, down
-        self._num_rows = num_rows
         self._inputs: list[Tensor] = []
-        self._grads: list[Tensor] = []
-        """The last step's first."""
-        self._gate_up_RO = gate_up.value_OI.new_empty(0)
-        self._activation_RO = gate_up.value_OI.new_empty(0)
+        self._rows = gate_up.value_OI.new_empty(num_rows if torch.is_grad_enabled() else 0, len(gate_up.value_OI))
 
     def __call__(self, input_RI: Tensor, residual_RI: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return self.down.product(swiglu(self.gate_up.product(input_RI)), residual_RI)
-        if not self._inputs:
-            self._gate_up_RO = input_RI.new_empty(self._num_rows, len(self.gate_up.value_OI))
         first = sum(len(x) for x in self._inputs)
         self._inputs.append(input_RI.detach())
-        return _FeedForward.apply(input_RI, residual_RI, self, slice(first, first + len(input_RI)))
-
-    def forward(self, input_RI: Tensor, residual_RI: Tensor, rows: slice) -> Tensor:
-        """Of one step."""
-        gate_up_RO = self.gate_up.product(input_RI, out=self._gate_up_RO[rows])
-        return self.down.product(swiglu(gate_up_RO), residual_RI)
-
-    def backward(self, grad_RI: Tensor, rows: slice) -> Tensor:
-        """The gradient of the input of one step, the last step first."""
-        if not self._grads:
-            self._activation_RO = grad_RI.new_empty(self._num_rows, len(self.gate_up.value_OI) // 2)
-        self._grads.append(grad_RI)
-        gate_up_RO = self._gate_up_RO[rows]
-        out = SwiGLUBackward(self._activation_RO[rows], gate_up_RO)
-        swiglu_backward(self.down.input_gradient(grad_RI), gate_up_RO, out=out)
-        return self.gate_up.input_gradient(gate_up_RO)
+        return _FeedForward.apply(input_RI, residual_RI, self, self._rows[first : first + len(input_RI)])
 
     def accumulate(self) -> None:
-        """Add the weights' gradients to their parameters, after the backward pass of all steps."""
-        if self._grads:
-            self.gate_up.accumulate(self._gate_up_RO, torch.cat(self._inputs))
-            self.down.accumulate(torch.cat(self._grads[::-1]), self._activation_RO)
+        """Add the gradient of the gate and up weights to their parameters, after the backward pass of all steps."""
+        if self._inputs:
+            self.gate_up.accumulate(self._rows, torch.cat(self._inputs))
 
 
 class _Linear(Function):
@@ -162,13 +140,17 @@ class _Linear(Function):
 class _FeedForward(Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, input_RI: Tensor, residual_RI: Tensor, feed_forward: FeedForward, rows: slice
+        ctx: FunctionCtx, input_RI: Tensor, residual_RI: Tensor, feed_forward: FeedForward, gate_up_RO: Tensor
     ) -> Tensor:
-        ctx.feed_forward, ctx.rows = feed_forward, rows  # type: ignore[attr-defined]
-        return feed_forward.forward(input_RI, residual_RI, rows)
+        feed_forward.gate_up.product(input_RI, out=gate_up_RO)
+        ctx.feed_forward, ctx.gate_up_RO = feed_forward, gate_up_RO  # type: ignore[attr-defined]
+        return feed_forward.down.product(swiglu(gate_up_RO), residual_RI)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_RI: Tensor) -> tuple[Tensor | None, ...]:
         feed_forward: FeedForward = ctx.feed_forward  # type: ignore[attr-defined]
-        rows: slice = ctx.rows  # type: ignore[attr-defined]
-        return feed_forward.backward(grad_RI, rows), grad_RI, None, None
+        gate_up_RO: Tensor = ctx.gate_up_RO  # type: ignore[attr-defined]
+        down = feed_forward.down
+        activation_RO, grad_gate_up_RO = swiglu_backward(down.input_gradient(grad_RI), gate_up_RO, out=gate_up_RO)
+        down.accumulate(grad_RI, activation_RO)
+        return feed_forward.gate_up.input_gradient(grad_gate_up_RO), grad_RI, None, None

@@ -13,13 +13,7 @@ from specforge_core.kernels.cases import Case, Inputs, Numbers, Work
 from specforge_core.kernels.quantize_rows import quantize_rows, quantize_rows_reference
 from specforge_core.kernels.rms_norm import residual_rms_norm, rms_norm, rms_norm_reference
 from specforge_core.kernels.rope import Angles, Part, add_rope, add_rope_reference
-from specforge_core.kernels.swiglu import (
-    SwiGLUBackward,
-    swiglu,
-    swiglu_backward,
-    swiglu_backward_reference,
-    swiglu_reference,
-)
+from specforge_core.kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_reference, swiglu_reference
 
 FLOAT8, BFLOAT16, FLOAT32 = 1, 2, 4
 """Bytes of a number."""
@@ -102,9 +96,7 @@ def swiglu_backward_case(num_rows: int, width: int) -> Case:
     return Case(
         f"swiglu_backward {num_rows} x {width}",
         make_inputs,
-        lambda grad_RI, gate_up_R2I: swiglu_backward(
-            grad_RI, gate_up_R2I, out=SwiGLUBackward(torch.empty_like(grad_RI), torch.empty_like(gate_up_R2I))
-        ),
+        lambda grad_RI, gate_up_R2I: swiglu_backward(grad_RI, gate_up_R2I, out=torch.empty_like(gate_up_R2I)),
         lambda grad_RI, gate_up_R2I: swiglu_backward_reference(grad_RI, gate_up_R2I),
         shapes={"R": num_rows, "I": width},
         bytes=Work(6 * size * BFLOAT16, 0),

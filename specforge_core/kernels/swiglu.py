@@ -59,26 +59,25 @@ def swiglu(gate_up_R2I: Tensor) -> Tensor:
     return _SwiGLU.apply(gate_up_R2I)
 
 
-def swiglu_backward(grad_RI: Tensor, gate_up_R2I: Tensor, *, out: SwiGLUBackward) -> SwiGLUBackward:
-    """The activation once more, and the gradient of gate and up, written to `out`.
+def swiglu_backward(grad_RI: Tensor, gate_up_R2I: Tensor, *, out: Tensor) -> SwiGLUBackward:
+    """The activation once more, and the gradient of gate and up, which is written to `out`.
 
-    Args: grad_RI: gradient of the activation; out: contiguous, its gradient may be `gate_up_R2I` itself.
+    Args: grad_RI: gradient of the activation; out: contiguous [R, 2 I], may be `gate_up_R2I` itself.
     Raises: ValueError if shapes do not fit.
     """
     _check(gate_up_R2I)
     num_rows, width = gate_up_R2I.shape
-    shapes = [tuple(x.shape) for x in (grad_RI, *out)]
-    if shapes != [(num_rows, width // 2)] * 2 + [(num_rows, width)] or not all(x.is_contiguous() for x in out):
+    if grad_RI.shape != (num_rows, width // 2) or out.shape != gate_up_R2I.shape or not out.is_contiguous():
         raise ValueError(
-            f"gate and up are {tuple(gate_up_R2I.shape)}, but the gradient is {shapes[0]} and out is {shapes[1:]} with "
-            f"strides {[x.stride() for x in out]}; they must be [R, I] and contiguous [R, I] and [R, 2 I]"
+            f"gate and up are {tuple(gate_up_R2I.shape)}, but the gradient is {tuple(grad_RI.shape)} and out is "
+            f"{tuple(out.shape)} with strides {out.stride()}; they must be [R, I] and contiguous [R, 2 I]"
         )
-    if uses_triton("swiglu", gate_up_R2I):
-        _launch_backward(grad_RI, gate_up_R2I, *out)
-    else:
-        for into, value in zip(out, swiglu_backward_reference(grad_RI, gate_up_R2I), strict=True):
-            into.copy_(value)
-    return out
+    if not uses_triton("swiglu", gate_up_R2I):
+        reference = swiglu_backward_reference(grad_RI, gate_up_R2I)
+        return SwiGLUBackward(reference.activation_RI, out.copy_(reference.grad_gate_up_R2I))
+    activation_RI = torch.empty(grad_RI.shape, dtype=gate_up_R2I.dtype, device=gate_up_R2I.device)
+    _launch_backward(grad_RI, gate_up_R2I, activation_RI, out)
+    return SwiGLUBackward(activation_RI, out)
 
 
 class _SwiGLU(Function):

@@ -46,14 +46,15 @@ def test_copies_meet_the_computation_in_order_and_two_at_a_time():
     for batch in device_batches(iter(pinned_batches * 4), torch.device("cuda")):
         for _ in range(5):
             torch.mm(matrix, matrix, out=product)
-        sums.append([x.sum(dtype=torch.float64) for x in batch if isinstance(x, Tensor)])
+        sums.append([x.sum() for x in batch if isinstance(x, Tensor)])
     bytes_at_peak = torch.cuda.max_memory_allocated() - bytes_before
     assert bytes_at_peak < 2.5 * num_bytes(stored[0].batch)
 
-    expected = [[x.sum(dtype=torch.float64).item() for x in given.batch if isinstance(x, Tensor)] for given in stored]
+    expected = [[x.sum().item() for x in given.batch if isinstance(x, Tensor)] for given in stored]
     assert len({tuple(row) for row in expected}) == 4
     for row, expected_row in zip(sums, expected * 4, strict=True):
-        assert [x.item() for x in row] == pytest.approx(expected_row, rel=1e-9)
+        # Sums of millions of numbers in float32: those of two batches are thousands apart.
+        assert [x.item() for x in row] == pytest.approx(expected_row, rel=1e-4, abs=1)
 
 
 @pytest.mark.gpu
