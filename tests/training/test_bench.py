@@ -221,7 +221,8 @@ def run_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 def test_a_run_leaves_result_report_and_plot(
     tmp_path: Path, run_bench: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specforge_core.training.bench.run.STEPS_FROM_DISK", 2)
+    monkeypatch.setattr("specforge_core.training.bench.run.BATCHES_FROM_DISK", 5)
+    monkeypatch.setattr("specforge_core.training.bench.run.MICRO_BATCHES", (1, 2))
     options = (
         "--shapes tiny --tokens 256 --device cpu --steps 2 --ttt-steps 2 --shares 0.5 --lengths uniform real --step"
     )
@@ -232,7 +233,12 @@ def test_a_run_leaves_result_report_and_plot(
         (path, lengths) for path in bench.DEFAULT_PATHS for lengths in ("uniform", "real")
     }
     assert all(row.is_measured and len(row.ms) == 2 for row in result.rows)
-    assert all(len(row.step_ms) == len(row.forward_backward_ms) > 0 for row in result.step_rows)
+    # Eight micro-batches, of which three are for warming up: two steps, when each has two.
+    assert [(row.lengths, row.micro_batches) for row in result.step_rows] == [
+        (lengths, per_step) for lengths in ("uniform", "real") for per_step in (1, 2)
+    ]
+    assert [len(row.step_ms) for row in result.step_rows[:2]] == [5, 2]
+    assert all(len(row.step_ms) == len(row.cold_step_ms) == len(row.forward_backward_ms) for row in result.step_rows)
     report = (tmp_path / "here.md").read_text(encoding="utf-8")
     assert report.count("| ours |") == report.count("| conventional |") == 2
     plot = (tmp_path / "here.svg").read_bytes()

@@ -2,14 +2,14 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from specforge_core.data.loader import FeatureSet
+from specforge_core.data.loader import FeatureSet, plan_steps
 from specforge_core.data.shards import Document, FeatureIndex, FeatureWriter, load_index
 from specforge_core.drafts.eagle3 import Eagle3Draft
 from specforge_core.manifest import TrainingConfig
@@ -29,6 +29,7 @@ SEED = 0
 class StepTimes(NamedTuple):
     """Milliseconds by step; see `results.StepRow`."""
 
+    micro_batches: int
     num_tokens: int
     stored_bytes: int
     forward_backward_ms: tuple[float, ...]
@@ -37,42 +38,58 @@ class StepTimes(NamedTuple):
 
 
 def measure_from_disk(
-    draft: Eagle3Draft, shape: Shape, conversations: Sequence[Conversation], *, budget: int, num_warm_ups: int
-) -> StepTimes:
-    """The times of one pass over random features of these conversations, one micro-batch a step.
+    draft: Eagle3Draft,
+    shape: Shape,
+    conversations: Sequence[Conversation],
+    *,
+    budget: int,
+    micro_batches: Sequence[int],
+    num_warm_ups: int,
+) -> Iterator[StepTimes]:
+    """The times of passes over random features of these conversations, for each number of micro-batches a step.
 
-    Weights change. Args: num_warm_ups: steps at the start of the pass that are not timed.
+    Weights change. Args: num_warm_ups: micro-batches at the start of a pass that are not timed, rounded up to steps.
     """
-    device = draft.fc.weight.device
-    workers = Workers(0, 1, device)
-    optimizers = build_optimizers(draft, config := TrainingConfig())
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        write_features(directory, shape, conversations, device)
-        drop_cached_pages(directory)
-        features = FeatureSet(directory)
-        plan = features.plan(range(len(conversations)), budget, seed=SEED, epoch=0)
-
-        def timed_pass() -> tuple[float, ...]:
-            batches = prepared_batches(draft, features, plan, workers)
-
-            def step() -> None:
-                train_step(draft, optimizers, islice(batches, 1), config.max_grad_norm, workers)
-
-            return _behind_warm_ups(step, num_warm_ups, len(plan), device)
-
-        cold_step_ms = timed_pass()
-        step_ms = timed_pass()
-        loaded = iter(list(prepared_batches(draft, features, plan, workers)))
-        forward_backward_ms = _behind_warm_ups(
-            lambda: draft.accumulate_gradients(next(loaded)), num_warm_ups, len(plan), device
-        )
-        num_stored_tokens = sum(features.lengths)
-        num_tokens = sum(features.lengths[document] for batch in plan[num_warm_ups:] for document in batch)
-        stored_bytes = sum(shard.size_bytes for shard in load_index(directory).shards)
+        write_features(directory, shape, conversations, draft.fc.weight.device)
+        plan = FeatureSet(directory).plan(range(len(conversations)), budget, seed=SEED, epoch=0)
+        for per_step in micro_batches:
+            whole_steps = plan_steps(plan, per_step)[: len(plan) // per_step]
+            yield measure_steps(draft, directory, whole_steps, first_timed=-(-num_warm_ups // per_step))
     draft.zero_grad()
+
+
+def measure_steps(
+    draft: Eagle3Draft, directory: Path, steps: Sequence[Sequence[list[int]]], *, first_timed: int
+) -> StepTimes:
+    """The times of these steps, each a list of equally many micro-batches of documents."""
+    workers = Workers(0, 1, draft.fc.weight.device)
+    optimizers = build_optimizers(draft, config := TrainingConfig())
+    features = FeatureSet(directory)
+    per_step, all_batches = len(steps[0]), [batch for step in steps for batch in step]
+
+    def timed(step: Callable[[], object]) -> tuple[float, ...]:
+        return timed_ms(step, len(steps), is_cuda=workers.device.type == "cuda")[first_timed:]
+
+    def timed_pass() -> tuple[float, ...]:
+        batches = prepared_batches(draft, features, all_batches, workers)
+        return timed(lambda: train_step(draft, optimizers, islice(batches, per_step), config.max_grad_norm, workers))
+
+    drop_cached_pages(directory)
+    cold_step_ms = timed_pass()
+    step_ms = timed_pass()
+    loaded = iter(list(prepared_batches(draft, features, all_batches, workers)))
+    forward_backward_ms = timed(lambda: [draft.accumulate_gradients(batch) for batch in islice(loaded, per_step)])
+    num_tokens = sum(features.lengths[document] for step in steps[first_timed:] for batch in step for document in batch)
+    stored_bytes = sum(shard.size_bytes for shard in load_index(directory).shards)
     return StepTimes(
-        num_tokens, stored_bytes * num_tokens // num_stored_tokens, forward_backward_ms, step_ms, cold_step_ms
+        micro_batches=per_step,
+        num_tokens=num_tokens,
+        stored_bytes=stored_bytes * num_tokens // sum(features.lengths),
+        forward_backward_ms=forward_backward_ms,
+        step_ms=step_ms,
+        cold_step_ms=cold_step_ms,
     )
 
 
@@ -97,10 +114,3 @@ def drop_cached_pages(directory: Path) -> None:
     for path in directory.iterdir():
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _behind_warm_ups(
-    step: Callable[[], object], num_warm_ups: int, num_steps: int, device: torch.device
-) -> tuple[float, ...]:
-    """Milliseconds of the steps after the first ones, with nothing between these and those."""
-    return timed_ms(step, num_steps, is_cuda=device.type == "cuda")[num_warm_ups:]

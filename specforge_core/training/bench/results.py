@@ -70,6 +70,8 @@ class StepRow(Record):
     shape: str
     lengths: Literal["uniform", "real"]
     share: float
+    micro_batches: int
+    """Of each step."""
     num_tokens: int
     """Of all timed steps together."""
     stored_bytes: int
@@ -171,8 +173,8 @@ head includes loss, acceptance and, where they are fused, the teacher; `other` i
 gradients. The optimizer is not part of the times above."""
 
 STEP_EXPLANATION = """\
-Loading, copying, forward and backward pass, gradient norm, clipping and fused AdamW on float32 masters, one micro-batch
-a step, against the forward and backward pass of the same batches in the GPU's memory. Sums over all steps."""
+Loading, copying, forward and backward pass, gradient norm, clipping and fused AdamW on float32 masters, against the
+forward and backward pass of the same batches in the GPU's memory. Sums over all steps."""
 
 
 def _row_cells(row: Row, result: TrainingBench) -> dict[str, str]:
@@ -227,6 +229,7 @@ def _step_cells(row: StepRow) -> dict[str, str]:
         "shape": row.shape,
         "lengths": row.lengths,
         "share": f"{row.share:.0%}",
+        "micro-batches a step": str(row.micro_batches),
         "forward + backward, tokens/s": rate(row.forward_backward_ms),
         "whole step, files cached": rate(row.step_ms),
         "of forward + backward": f"{row.efficiency:.1%}",

@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 MEASURED, OUT_OF_MEMORY = "measured", "out of memory"
 SMALLEST_PART = 8
 """A path that runs out of memory is tried again on half of the tokens, down to one of so many parts."""
-STEPS_FROM_DISK = 16
+BATCHES_FROM_DISK = 24
+MICRO_BATCHES = (1, 8)
+"""Of a step from disk: the least, and the 65,536 tokens that the manifest's entries take by default."""
 
 
 class Settings(NamedTuple):
@@ -79,17 +81,25 @@ def measured_step_rows(settings: Settings) -> Iterator[StepRow]:
             conversations = draw_conversations(
                 mix.lengths,
                 mix.share,
-                num_tokens=(settings.num_warm_ups + STEPS_FROM_DISK) * settings.num_tokens,
+                num_tokens=(settings.num_warm_ups + BATCHES_FROM_DISK) * settings.num_tokens,
                 max_tokens=settings.num_tokens,
                 document_tokens=shape.document_tokens,
                 seed=settings.seed,
             )
-            times = measure_from_disk(
-                draft, shape, conversations, budget=settings.num_tokens, num_warm_ups=settings.num_warm_ups
-            )
-            row = StepRow(**mix._asdict(), **times._asdict())
-            logger.info("%s %s %.0f %%, from disk: %.1f %%", *mix[:2], 100 * mix.share, 100 * row.efficiency)
-            yield row
+            for times in measure_from_disk(
+                draft,
+                shape,
+                conversations,
+                budget=settings.num_tokens,
+                micro_batches=MICRO_BATCHES,
+                num_warm_ups=settings.num_warm_ups,
+            ):
+                row = StepRow(**mix._asdict(), **times._asdict())
+                logger.info(
+                    "%s %s %.0f %%, from disk, %d micro-batches a step: %.1f %%",
+                    *mix[:2], 100 * mix.share, row.micro_batches, 100 * row.efficiency,
+                )  # fmt: skip
+                yield row
         del draft
         release_memory()
 
