@@ -35,14 +35,11 @@ class Weight(NamedTuple):
     float8: Float8Weight | None = None
     """What is multiplied by instead, if anything; gradients of the parameters are not rounded to it."""
 
-    def product(self, input_RI: Tensor, residual_RO: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-        """input W^T (+ residual), without gradient."""
+    def product(self, input_RI: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """input W^T, without gradient."""
         if self.float8 is not None:
-            product_RO = float8_product(input_RI, self.float8.rows, out=out)
-            return product_RO if residual_RO is None else product_RO.add_(residual_RO)
-        if residual_RO is None:
-            return torch.mm(input_RI, self.value_OI.T, out=out)
-        return torch.addmm(residual_RO, input_RI, self.value_OI.T, out=out)
+            return float8_product(input_RI, self.float8.rows, out=out)
+        return torch.mm(input_RI, self.value_OI.T, out=out)
 
     def input_gradient(self, grad_RO: Tensor) -> Tensor:
         """grad W."""
@@ -85,13 +82,13 @@ def gradient_buffer(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def linear(input_RI: Tensor, weight: Weight, residual_RO: Tensor | None = None) -> Tensor:
-    """input weight^T (+ residual). In backward the weight's gradient goes straight to its parameters' `.grad`."""
-    return _Linear.apply(input_RI, residual_RO, weight, weight.sources[0].parameter)
+def linear(input_RI: Tensor, weight: Weight) -> Tensor:
+    """input weight^T. In backward the weight's gradient goes straight to its parameters' `.grad`."""
+    return _Linear.apply(input_RI, weight, weight.sources[0].parameter)
 
 
 class FeedForward:
-    """The feed-forward of the steps of one pass: down(silu(gate x) * up x) + residual.
+    """The feed-forward of the steps of one pass: down(silu(gate x) * up x).
 
     Only x, gate and up are saved; their product is computed again. Gate and up of all steps lie below each other and so
     do their gradients, which take their place: their weight, the largest of the layer, gets its gradient from one
@@ -104,12 +101,12 @@ class FeedForward:
         self._inputs: list[Tensor] = []
         self._rows = gate_up.value_OI.new_empty(num_rows if torch.is_grad_enabled() else 0, len(gate_up.value_OI))
 
-    def __call__(self, input_RI: Tensor, residual_RI: Tensor) -> Tensor:
+    def __call__(self, input_RI: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return self.down.product(swiglu(self.gate_up.product(input_RI)), residual_RI)
+            return self.down.product(swiglu(self.gate_up.product(input_RI)))
         first = sum(len(x) for x in self._inputs)
         self._inputs.append(input_RI.detach())
-        return _FeedForward.apply(input_RI, residual_RI, self, self._rows[first : first + len(input_RI)])
+        return _FeedForward.apply(input_RI, self, self._rows[first : first + len(input_RI)])
 
     def accumulate(self) -> None:
         """Add the gradient of the gate and up weights to their parameters, after the backward pass of all steps."""
@@ -120,31 +117,26 @@ class FeedForward:
 class _Linear(Function):
     # The parameter is an input so that autograd calls `backward` when it is all that wants a gradient.
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, input_RI: Tensor, residual_RO: Tensor | None, weight: Weight, parameter: Tensor
-    ) -> Tensor:
+    def forward(ctx: FunctionCtx, input_RI: Tensor, weight: Weight, parameter: Tensor) -> Tensor:
         ctx.save_for_backward(input_RI)
         ctx.weight = weight  # type: ignore[attr-defined]
-        return weight.product(input_RI, residual_RO)
+        return weight.product(input_RI)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_RO: Tensor) -> tuple[Tensor | None, ...]:
         (input_RI,) = ctx.saved_tensors  # type: ignore[attr-defined]
         weight: Weight = ctx.weight  # type: ignore[attr-defined]
         weight.accumulate(grad_RO, input_RI)
-        wants_input, wants_residual, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
-        grad_RI = weight.input_gradient(grad_RO) if wants_input else None
-        return grad_RI, grad_RO if wants_residual else None, None, None
+        wants_input = ctx.needs_input_grad[0]  # type: ignore[attr-defined]
+        return weight.input_gradient(grad_RO) if wants_input else None, None, None
 
 
 class _FeedForward(Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, input_RI: Tensor, residual_RI: Tensor, feed_forward: FeedForward, gate_up_RO: Tensor
-    ) -> Tensor:
+    def forward(ctx: FunctionCtx, input_RI: Tensor, feed_forward: FeedForward, gate_up_RO: Tensor) -> Tensor:
         feed_forward.gate_up.product(input_RI, out=gate_up_RO)
         ctx.feed_forward, ctx.gate_up_RO = feed_forward, gate_up_RO  # type: ignore[attr-defined]
-        return feed_forward.down.product(swiglu(gate_up_RO), residual_RI)
+        return feed_forward.down.product(swiglu(gate_up_RO))
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_RI: Tensor) -> tuple[Tensor | None, ...]:
@@ -153,4 +145,4 @@ class _FeedForward(Function):
         down = feed_forward.down
         activation_RO, grad_gate_up_RO = swiglu_backward(down.input_gradient(grad_RI), gate_up_RO, out=gate_up_RO)
         down.accumulate(grad_RI, activation_RO)
-        return feed_forward.gate_up.input_gradient(grad_gate_up_RO), grad_RI, None, None
+        return feed_forward.gate_up.input_gradient(grad_gate_up_RO), None, None

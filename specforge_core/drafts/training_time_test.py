@@ -228,12 +228,16 @@ def run_steps(
                 query_RNC, shared.key_value_TEC, own_key_values, rows.start_R, rows.slot_R, rows.attention
             )
         with record_function("projections"):
-            residual_RD = linear(attended_RNC.flatten(1), weights.output, residual_RD)
+            attended_RD = linear(attended_RNC.flatten(1), weights.output)
         with record_function("feed-forward"):
-            normed_RD, residual_RD = residual_rms_norm(residual_RD, layer.post_attention_layernorm.weight, shape.eps)
-            hidden_RD = feed_forward(normed_RD, residual_RD)
+            normed_RD, residual_RD = residual_rms_norm(
+                residual_RD, layer.post_attention_layernorm.weight, shape.eps, branch_RD=attended_RD
+            )
+            transformed_RD = feed_forward(normed_RD)
         with record_function("head"):
-            output_RD, hidden_RD = residual_rms_norm(hidden_RD, draft.norm.weight, shape.eps)
+            output_RD, hidden_RD = residual_rms_norm(
+                residual_RD, draft.norm.weight, shape.eps, branch_RD=transformed_RD
+            )
         outputs.append(output_RD)
         if draft.norm_output:
             hidden_RD = output_RD

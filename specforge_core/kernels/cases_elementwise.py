@@ -26,6 +26,7 @@ def cases() -> tuple[Case, ...]:
     """What a training step runs, at its size."""
     return (
         residual_rms_norm_case(NUM_ROWS, 4096),
+        branch_rms_norm_case(NUM_ROWS, 4096),
         rms_norm_case(NUM_ROWS, 7168),
         swiglu_case(NUM_ROWS, 14336),
         swiglu_backward_case(NUM_ROWS, 14336),
@@ -68,6 +69,30 @@ def residual_rms_norm_case(num_rows: int, width: int) -> Case:
         shapes=norm.shapes,
         bytes=Work(2 * size * BFLOAT16, 4 * size * BFLOAT16),
         flops=Work(4 * size, 10 * size),
+    )
+
+
+def branch_rms_norm_case(num_rows: int, width: int) -> Case:
+    """The norm between two residual branches: of the sum of one's end and what went into it."""
+
+    def make_inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
+        numbers = Numbers(device, dtype)
+        x_RD, branch_RD = numbers.leaf(num_rows, width), numbers.leaf(num_rows, width)
+        return {"x_RD": x_RD, "branch_RD": branch_RD, "weight_D": _norm_weight(numbers, width)}
+
+    def reference(x_RD: Tensor, branch_RD: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
+        sum_RD = x_RD + branch_RD
+        return rms_norm_reference(sum_RD, weight_D, EPS), sum_RD
+
+    size = num_rows * width
+    return Case(
+        f"branch_rms_norm {num_rows} x {width}",
+        make_inputs,
+        lambda x_RD, branch_RD, weight_D: residual_rms_norm(x_RD, weight_D, EPS, branch_RD=branch_RD),
+        reference,
+        shapes={"R": num_rows, "D": width},
+        bytes=Work(4 * size * BFLOAT16, 4 * size * BFLOAT16),
+        flops=Work(5 * size, 10 * size),
     )
 
 

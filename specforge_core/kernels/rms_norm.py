@@ -1,7 +1,9 @@
-"""Root mean square norm, alone or as the start of a residual branch.
+"""Root mean square norm, alone, as the start of a residual branch, or between two of them.
 
     y = x r w,  r = 1 / sqrt(mean(x^2) + eps)                       mean over the D columns of a row
     dx = r (g - x r mean(g x r)) + dresidual,  g = dy w             dw = sum over rows of dy x r
+
+Between two branches x is the sum of what came out of the last one and of what went in, rounded to their dtype.
 
 Shapes: x, y [..., D], w [D]; any D up to MAX_WIDTH. Everything is computed in float32; y and dx have the dtype of x, dw
 that of w. Backward reads x and r [R] again, nothing else is saved. dw is added up in float32 by each program over its
@@ -37,7 +39,7 @@ class Normed(NamedTuple):
 
     normed: Tensor
     residual: Tensor
-    """The input itself: the gradient of what is added to it later joins that of the norm in one kernel."""
+    """What was normed: the gradient of what is added to it later joins that of the norm in one kernel."""
 
 
 def rms_norm_reference(x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -51,39 +53,51 @@ def rms_norm(x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return residual_rms_norm(x_RD, weight_D, eps).normed
 
 
-def residual_rms_norm(x_RD: Tensor, weight_D: Tensor, eps: float) -> Normed:
-    """`rms_norm` of `x`, and `x` to add to. Raises: ValueError if shapes do not fit."""
+def residual_rms_norm(x_RD: Tensor, weight_D: Tensor, eps: float, *, branch_RD: Tensor | None = None) -> Normed:
+    """`rms_norm` of `x`, and `x` to add to; or of x + branch, where a branch has just ended.
+
+    Raises: ValueError if shapes do not fit.
+    """
     width = x_RD.shape[-1]
     if weight_D.shape != (width,):
         raise ValueError(f"weight is {tuple(weight_D.shape)} but rows have {width} columns; it must be [{width}]")
+    if branch_RD is not None and (branch_RD.shape, branch_RD.dtype) != (x_RD.shape, x_RD.dtype):
+        raise ValueError(
+            f"the branch is {tuple(branch_RD.shape)} in {branch_RD.dtype}, what it is added to {tuple(x_RD.shape)} in "
+            f"{x_RD.dtype}; they must be alike"
+        )
     if not uses_triton("rms_norm", x_RD):
-        return Normed(rms_norm_reference(x_RD, weight_D, eps), x_RD)
+        sum_RD = x_RD if branch_RD is None else x_RD + branch_RD
+        return Normed(rms_norm_reference(sum_RD, weight_D, eps), sum_RD)
     if width > MAX_WIDTH:
         raise ValueError(f"rows have {width} columns, this kernel takes {MAX_WIDTH}; use dispatch.references()")
-    return Normed(*_RMSNorm.apply(x_RD, weight_D, eps))
+    return Normed(*_RMSNorm.apply(x_RD, branch_RD, weight_D, eps))
 
 
 class _RMSNorm(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, branch: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         x_RD = _rows(x)
+        branch_RD = None if branch is None else _rows(branch)
         width = x_RD.shape[1]
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        total = x if branch_RD is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         reciprocal_R = torch.empty(len(x_RD), dtype=torch.float32, device=x.device)
         _forward[(len(x_RD),)](
-            x_RD, weight_D, y, reciprocal_R, x_RD.stride(0), eps,
+            x_RD, branch_RD, weight_D, y, None if branch_RD is None else total, reciprocal_R,
+            x_RD.stride(0), 0 if branch_RD is None else branch_RD.stride(0), eps,
             WIDTH=width, maxnreg=FORWARD_REGISTERS if width <= 8192 else None, **_block(width),
         )  # fmt: skip
-        ctx.save_for_backward(x_RD, weight_D, reciprocal_R)
+        ctx.save_for_backward(_rows(total), weight_D, reciprocal_R)
         # An output that nothing used has no gradient, rather than one of zeros to read.
         ctx.set_materialize_grads(False)
-        return y, x
+        return y, total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dy, dresidual = grads
         if dy is None:
-            return dresidual, None, None
+            return dresidual, dresidual if ctx.needs_input_grad[1] else None, None, None
         x_RD, weight_D, reciprocal_R = ctx.saved_tensors
         num_rows, width = x_RD.shape
         dy_RD = _rows(dy)
@@ -96,15 +110,24 @@ class _RMSNorm(Function):
             dy_RD.stride(0), x_RD.stride(0), 0 if dresidual_RD is None else dresidual_RD.stride(0), num_rows,
             WIDTH=width, **_block(width),
         )  # fmt: skip
-        return dx, partial_GD.sum(dim=0).to(weight_D.dtype), None
+        return dx, dx if ctx.needs_input_grad[1] else None, partial_GD.sum(dim=0).to(weight_D.dtype), None
 
 
 @triton.jit
-def _forward(x_ptr, weight_ptr, y_ptr, reciprocal_ptr, x_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(
+    x_ptr, branch_ptr, weight_ptr, y_ptr, sum_ptr, reciprocal_ptr, x_stride, branch_stride, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if branch_ptr is not None:
+        branch = tl.load(branch_ptr + row * branch_stride + columns, mask=inside, other=0.0)
+        # Rounded before it is normed, because that is what the backward pass will read.
+        total = (x + branch.to(tl.float32)).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row * WIDTH + columns, total, mask=inside)
+        x = total.to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     reciprocal = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
     tl.store(reciprocal_ptr + row, reciprocal)

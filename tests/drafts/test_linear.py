@@ -49,10 +49,9 @@ def test_linear_of_stacked_parameters():
 
 def test_linear_of_columns_leaves_the_gradient_of_the_others_alone():
     top, bottom = parameters((4, 6), (2, 6))
-    x, residual = leaf(5, 4), leaf(5, 6)
+    x = leaf(5, 4)
     weight = make_weight([top, bottom], torch.float64, slice(2, 6))
-    expected = residual + F.linear(x, torch.cat((top, bottom))[:, 2:])
-    check(linear(x, weight, residual), expected, [x, residual], [top, bottom])
+    check(linear(x, weight), F.linear(x, torch.cat((top, bottom))[:, 2:]), [x], [top, bottom])
     assert torch.equal(top.grad[:, :2], torch.ones(4, 2, dtype=torch.float64))
 
 
@@ -72,25 +71,24 @@ def test_a_weight_is_trained_by_inputs_that_want_no_gradient():
 
 def test_feed_forward_of_two_steps():
     gate, up, down = parameters((4, 3), (4, 3), (3, 4))
-    x, residual = leaf(5, 3), leaf(5, 3)
+    x = leaf(5, 3)
 
-    def layer(x: Tensor, residual: Tensor) -> Tensor:
-        return residual + F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+    def layer(x: Tensor) -> Tensor:
+        return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
-    middle = layer(x, residual)
-    expected = layer(middle[:3], residual[:3])
+    expected = layer(layer(x)[:3])
     feed_forward = FeedForward(make_weight([gate, up], torch.float64), make_weight([down], torch.float64), 8)
-    actual = feed_forward(feed_forward(x, residual)[:3], residual[:3])
-    check(actual, expected, [x, residual], [gate, up, down], behind=feed_forward.accumulate)
+    actual = feed_forward(feed_forward(x)[:3])
+    check(actual, expected, [x], [gate, up, down], behind=feed_forward.accumulate)
 
 
 def test_feed_forward_without_gradient():
     gate, up, down = parameters((4, 3), (4, 3), (3, 4))
-    x, residual = leaf(5, 3), leaf(5, 3)
+    x = leaf(5, 3)
     with torch.no_grad():
         feed_forward = FeedForward(make_weight([gate, up], torch.float64), make_weight([down], torch.float64), 5)
-        actual = feed_forward(x, residual)
-    expected = residual + F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+        actual = feed_forward(x)
+    expected = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
     torch.testing.assert_close(actual, expected.detach())
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specforge_core.kernels import dispatch
 from specforge_core.kernels.cases import Numbers, check
-from specforge_core.kernels.cases_elementwise import residual_rms_norm_case, rms_norm_case
+from specforge_core.kernels.cases_elementwise import branch_rms_norm_case, residual_rms_norm_case, rms_norm_case
 from specforge_core.kernels.rms_norm import MAX_WIDTH, _backward, residual_rms_norm, rms_norm, rms_norm_reference
 
 EPS = 1e-5
@@ -21,6 +21,25 @@ def test_output_and_gradients_are_as_close_to_float64_as_eager_pytorch(
 ) -> None:
     check(rms_norm_case(num_rows, width), device, torch.float32)
     check(residual_rms_norm_case(num_rows, width), device, torch.float32)
+    # The gradient of a norm over one column is all cancellation, and that of a sum has a rounding more.
+    if width > 1:
+        check(branch_rms_norm_case(num_rows, width), device, torch.float32)
+
+
+def test_a_branch_that_ends_is_added_before_the_norm(device: torch.device) -> None:
+    x, branch = torch.tensor([[1.0, 6.0]], device=device), torch.tensor([[2.0, -2.0]], device=device)
+    normed, residual = residual_rms_norm(x, torch.ones(2, device=device), 0.0, branch_RD=branch)
+    # 1 + 2 and 6 - 2: the mean of 3^2 and 4^2 is 12.5.
+    assert residual.tolist() == [[3.0, 4.0]]
+    assert normed[0].tolist() == pytest.approx([3 / math.sqrt(12.5), 4 / math.sqrt(12.5)])
+    assert x.tolist() == [[1.0, 6.0]]
+
+
+def test_a_branch_of_another_kind_is_refused(device: torch.device) -> None:
+    x, weight = torch.zeros(2, 8, device=device), torch.ones(8, device=device)
+    for branch in (torch.zeros(1, 8, device=device), torch.zeros(2, 8, dtype=torch.bfloat16, device=device)):
+        with pytest.raises(ValueError, match="they must be alike"):
+            residual_rms_norm(x, weight, EPS, branch_RD=branch)
 
 
 def test_a_row_is_divided_by_its_root_mean_square(device: torch.device) -> None:
