@@ -90,7 +90,9 @@ MASKS = ["PPPAAAAAAAAAAAAAAAAAA", "PAAPPPAAAAAAA", "PPPPPPP", "AAAAAAAAAA"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are compiled")
-@pytest.mark.parametrize("config", [{}, {"fc_norm": True, "norm_output": True}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{}, pytest.param({"fc_norm": True, "norm_output": True}, marks=pytest.mark.slow)], ids=str
+)
 def test_kernels_in_the_interpreter_equal_the_reference_in_float64(config: dict[str, bool]):
     draft = make_draft(64, 50, num_steps=3, **config)
     batch = make_batch(draft, MASKS)
