@@ -42,6 +42,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,7 +87,7 @@ SHAPES = {
 
 
 class HeadRows(NamedTuple):
-    """Which rows of the wide q/k/v projections hold which rows of the small ones; int64, same length in pairs."""
+    """Which rows of the wide q/k/v projections hold which of the small ones: int64, `_wide` and `_small` in pairs."""
 
     query_wide: Tensor
     query_small: Tensor
@@ -103,17 +104,14 @@ def place_layers(num_small: int, num_wide: int) -> tuple[int, ...]:
     Raises: ValueError for fewer wide layers, or too few to have EAGLE-3's three captured layers.
     """
     if num_wide < num_small:
-        raise ValueError(
-            f"num_hidden_layers={num_wide} is less than the small model's {num_small}; choose at least that"
-        )
+        raise ValueError(f"num_hidden_layers={num_wide} is too few for the small model; choose at least {num_small}")
     anchors_small = (-1, *Eagle3Draft.capture_layers(None, num_small), num_small - 1)
     anchors_wide = (-1, *Eagle3Draft.capture_layers(None, num_wide), num_wide - 1)
     placed: list[int] = []
-    for k in range(len(anchors_small) - 1):
-        first, small_span = anchors_small[k], anchors_small[k + 1] - anchors_small[k]
-        wide_span = anchors_wide[k + 1] - anchors_wide[k]
-        placed += [anchors_wide[k] + i * wide_span // small_span for i in range(1, small_span + 1)]
-        assert wide_span >= small_span, f"no room for small layers {first + 1} to {anchors_small[k + 1]}"
+    for (start, end), (wide_start, wide_end) in zip(pairwise(anchors_small), pairwise(anchors_wide), strict=True):
+        span, wide_span = end - start, wide_end - wide_start
+        placed += [wide_start + i * wide_span // span for i in range(1, span + 1)]
+    assert len(set(placed)) == num_small, "two small layers in one place"
     return tuple(placed)
 
 
@@ -143,7 +141,6 @@ def place_heads(small: Shape, wide: Shape) -> HeadRows:
     pair = torch.arange(small.head_dim // 2) * (wide.head_dim // small.head_dim)
     channel_wide = torch.cat([pair, pair + wide.head_dim // 2])
     channel_small = torch.arange(small.head_dim)
-
     query_small = torch.arange(small.num_attention_heads)
     kv_head, member = query_small // group_small, query_small % group_small
     query_wide = (kv_head * num_copies + member // group_wide) * group_wide + member % group_wide
