@@ -28,11 +28,13 @@ RECORD_NAME = "artifact.json"
 SPEC_NAME = "spec.json"
 LOG_NAME = "stage.log"
 METRICS_NAME = "metrics.jsonl"
-# These say how an artifact came to be, not what it is: an upstream rerun with the same bytes must change nothing below.
-NOT_CONTENT = frozenset({RECORD_NAME, SPEC_NAME, LOG_NAME, METRICS_NAME})
-PARTIAL_SUFFIX = ".partial"
+SERVERS_DIRECTORY = "servers"
+"""Logs and records of the servers that a stage ran."""
 PROGRESS_DIRECTORY = "progress"
-"""What an interrupted stage goes on from, inside its artifact: no content, and gone once the record is written."""
+"""What an interrupted stage goes on from, inside its artifact: gone once the record is written."""
+# These say how an artifact came to be, not what it is: an upstream rerun with the same bytes must change nothing below.
+NOT_CONTENT = frozenset({RECORD_NAME, SPEC_NAME, LOG_NAME, METRICS_NAME, SERVERS_DIRECTORY, PROGRESS_DIRECTORY})
+PARTIAL_SUFFIX = ".partial"
 
 
 class Record(BaseModel):
@@ -275,11 +277,7 @@ def seal(
         leftover.unlink()
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     by_name = {path.relative_to(directory).as_posix(): path for path in paths}
-    content = {
-        name: path
-        for name, path in by_name.items()
-        if name not in NOT_CONTENT and not name.startswith(f"{PROGRESS_DIRECTORY}/")
-    }
+    content = {name: path for name, path in by_name.items() if name.partition("/")[0] not in NOT_CONTENT}
     hashes = files_sha256(list(content.values()), desc=f"sealing {stage}")
     files = {
         name: FileRecord(size_bytes=path.stat().st_size, sha256=sha256)

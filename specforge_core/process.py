@@ -137,6 +137,11 @@ class SupervisedProcess:
         with contextlib.suppress(OSError, ValueError):
             self._process.stdin.close()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the child has not ended yet."""
+        return self._process.poll() is None
+
     def wait(self, timeout_s: float | None = None) -> None:
         """Return when the child has ended well. Raises: ProcessError if it failed or was stopped, TimeoutError."""
         try:

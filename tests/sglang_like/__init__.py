@@ -27,8 +27,9 @@ class Behaviour:
     """Pause per pass of the target, so that a draft saves time."""
     journal: str | None = None
     """File that gets a JSON line for each start (`argv`, `pid`) and each `/generate` answered (`rid`)."""
+    num_good_starts: int = 0
     num_faulty_starts: int | None = None
-    """Only so many starts, counted in the journal, have the faults below; None means all."""
+    """So many starts, counted in the journal, have none of the faults below; then so many have them (None: all)."""
     exit_at_start: str | None = None
     """Print this and exit with status 1."""
     hang_at_start: bool = False
@@ -50,14 +51,17 @@ class Behaviour:
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> "Behaviour":
-        """The behaviour that the environment asks for, without faults once `num_faulty_starts` have been."""
+        """The behaviour that the environment asks for, at this start."""
         fields = json.loads(environ.get(VARIABLE, "{}"))
         asked = cls(**fields | {"lacks": tuple(fields.get("lacks", ()))})
-        if asked.num_faulty_starts is None:
+        if asked.num_good_starts == 0 and asked.num_faulty_starts is None:
             return asked
-        assert asked.journal is not None, "num_faulty_starts counts in the journal"
+        assert asked.journal is not None, "starts are counted in the journal"
         num_starts = sum(line["event"] == "start" for line in read_journal(asked.journal))
-        if num_starts < asked.num_faulty_starts:
+        first_cured = (
+            float("inf") if asked.num_faulty_starts is None else asked.num_good_starts + asked.num_faulty_starts
+        )
+        if asked.num_good_starts <= num_starts < first_cured:
             return asked
         return cls(answers=asked.answers, step_delay_s=asked.step_delay_s, journal=asked.journal, lacks=asked.lacks)
 
