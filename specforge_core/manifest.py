@@ -190,12 +190,39 @@ class TrainingConfig(Config):
         return self
 
 
+AnswerKind = Literal["number", "math", "choice"]
+
+
+class AnswerConfig(Config):
+    """What a suite's answers are checked against."""
+
+    kind: AnswerKind
+    """`number` (GSM8K), `math` (LaTeX, as in MATH) or `choice` (a letter)."""
+    column: str = "final_answer"
+    """Column with the reference answer."""
+
+
 class SuiteConfig(Config):
     """A benchmark suite: prompts that no draft is trained on."""
 
     name: Name
     source: PromptSource
     max_new_tokens: PositiveInt = 512
+    answer: AnswerConfig | None = None
+    """Answers are not checked when absent."""
+
+    @model_validator(mode="after")
+    def _answers_have_a_column_of_their_own(self) -> "SuiteConfig":
+        column = self.answer and self.answer.column
+        if column and self.source.dataset == BUILTIN_DEMO and column != "final_answer":
+            raise cross_field_error(
+                ("answer", "column"), f'{BUILTIN_DEMO} has no "{column}"; its answers are in "final_answer"'
+            )
+        if column and column == self.source.column:
+            raise cross_field_error(
+                ("answer", "column"), f'"{column}" is source.column, the prompt; name the column with the answer'
+            )
+        return self
 
 
 class ServingConfig(Config):

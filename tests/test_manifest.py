@@ -148,6 +148,28 @@ def test_scalars_are_read_as_yaml_1_2_reads_them(tmp_path: Path) -> None:
             'benchmark.suites[0].name: "../a" should be 1 to 64 of',
         ),
         (
+            "    benchmark: {suites: [{name: a, source: {dataset: x.jsonl}, answer: {kind: letter}}]}",
+            17,
+            "benchmark.suites[0].answer.kind: should be 'number', 'math' or 'choice', got \"letter\"",
+        ),
+        (
+            "    benchmark: {suites: [{name: a, source: {dataset: x.jsonl}, answer: {kind: math, colum: b}}]}",
+            17,
+            'benchmark.suites[0].answer.colum: unknown key; did you mean "column"?',
+        ),
+        (
+            "    benchmark: {suites: [{name: a, source: {dataset: x.jsonl, column: b}, "
+            "answer: {kind: math, column: b}}]}",
+            17,
+            'benchmark.suites[0].answer.column: "b" is source.column, the prompt; name the column with the answer',
+        ),
+        (
+            "    benchmark: {suites: [{name: a, source: {dataset: 'builtin:demo'}, "
+            "answer: {kind: number, column: b}}]}",
+            17,
+            'benchmark.suites[0].answer.column: builtin:demo has no "b"; its answers are in "final_answer"',
+        ),
+        (
             "    data: {sources: [{dataset: 'builtin:nothing'}]}",
             17,
             'data.sources[0].dataset: "builtin:nothing" is not built in; the only one is "builtin:demo"',

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from specforge_core.artifacts import Vocabulary, seal
-from specforge_core.manifest import BenchmarkConfig, Eagle3Config, FeaturesConfig, TrainingConfig
+from specforge_core.manifest import AnswerConfig, BenchmarkConfig, Eagle3Config, FeaturesConfig, TrainingConfig
 from specforge_core.stages import (
     SPECS,
     BenchmarkSpec,
@@ -107,6 +107,9 @@ def test_the_learning_rate_changes_training_and_never_captures_again(tmp_path: P
     assert capture_spec(conversations, short).key() != capture_spec(conversations, slow).key()
 
 
+CHECKED_SUITE = ResolvedSuite(name="s", source=SOURCE, answer=AnswerConfig(kind="number"))
+
+
 def test_every_unmarked_field_changes_the_key(specs: dict[str, StageSpec]) -> None:
     changes: list[tuple[str, dict[str, Any]]] = [
         ("regenerate", {"target": TARGET.model_copy(update={"dtype": "float32"})}),
@@ -119,6 +122,7 @@ def test_every_unmarked_field_changes_the_key(specs: dict[str, StageSpec]) -> No
         ("train", {"draft": Eagle3Config(num_steps=3)}),
         ("benchmark", {"hardware": "another processor"}),
         ("benchmark", {"benchmark": ResolvedBenchmark(suites=(ResolvedSuite(name="t", source=SOURCE),))}),
+        ("benchmark", {"benchmark": ResolvedBenchmark(suites=(CHECKED_SUITE,))}),
     ]
     for stage, change in changes:
         assert changed(specs[stage], **change) != specs[stage].key(), change

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jinja2
 
+from specforge_core.benchmark.answers import reference_answer
 from specforge_core.data.chat_template import next_turn_ids, prompt_ids
 from specforge_core.data.prompts import Message, Prompt, load_prompts
 from specforge_core.decoding.speculative import generate
@@ -55,6 +56,34 @@ def load_requests(suite: ResolvedSuite, target: HFTarget, *, batch_size: int) ->
             _go_on(dialogues[completion.id], completion, target)
         asked = [dialogue for dialogue in asked if dialogue.later_questions]
     return [dialogue.request for dialogue in dialogues.values()]
+
+
+def load_references(suite: ResolvedSuite) -> dict[str, str]:
+    """The reference answer by request id, as the data set writes it; empty for a suite whose answers are not checked.
+
+    A prompt has none if its row has none, or if it holds several questions: its request may stop before the last one,
+    which the row's answer is for.
+
+    Raises: ValueError if the column is not there, an answer is none of the suite's kind, or no prompt has one.
+    """
+    if suite.answer is None:
+        return {}
+    references = {}
+    for prompt in load_prompts(suite.source, answer_column=suite.answer.column):
+        num_questions = sum(message["role"] == "user" for message in prompt.messages)
+        if prompt.final_answer is None or num_questions > 1:
+            continue
+        try:
+            reference_answer(suite.answer.kind, prompt.final_answer)
+        except ValueError as error:
+            raise ValueError(f"suite {suite.name}: {error}") from None
+        references[prompt.id] = prompt.final_answer
+    if not references:
+        raise ValueError(
+            f"suite {suite.name}: no prompt of one question has an answer in the column {suite.answer.column!r}; "
+            "name another column, or remove `answer`"
+        )
+    return references
 
 
 def _begin(prompt: Prompt, target: HFTarget) -> _Dialogue | None:

@@ -73,13 +73,15 @@ class _Row(NamedTuple):
     final_answer: str | None
 
 
-def load_prompts(source: PromptSource) -> Iterator[Prompt]:
+def load_prompts(source: PromptSource, *, answer_column: str | None = None) -> Iterator[Prompt]:
     """The prompts of a source in its own order; rows that hold none are counted and logged.
 
-    Raises: ValueError if no column holds prompts in a known form, or for the endless demo corpus without a limit.
+    Args: answer_column: with the final answers, which the source must have; `final_answer`, if it is there, when None.
+    Raises: ValueError if no column holds prompts in a known form, if a named column is not there, or for the endless
+    demo corpus without a limit.
     """
     num_unusable = 0
-    for row in read_rows(source):
+    for row in read_rows(source, answer_column=answer_column):
         if isinstance(row, Prompt):
             yield row
         else:
@@ -89,10 +91,10 @@ def load_prompts(source: PromptSource) -> Iterator[Prompt]:
         logger.warning("%s: %d rows hold no usable prompt", source_name(source), num_unusable)
 
 
-def read_rows(source: PromptSource) -> Iterator[Prompt | UnusableRow]:
-    """One prompt, or the reason why there is none, for each row of the source. Raises: as `load_prompts`."""
+def read_rows(source: PromptSource, *, answer_column: str | None = None) -> Iterator[Prompt | UnusableRow]:
+    """One prompt, or the reason why there is none, for each row of the source. Args and errors as of `load_prompts`."""
     name = source_name(source)
-    rows = _demo_rows(source) if source.dataset == BUILTIN_DEMO else _dataset_rows(source)
+    rows = _demo_rows(source) if source.dataset == BUILTIN_DEMO else _dataset_rows(source, answer_column)
     for position, row in enumerate(rows):
         try:
             messages = asked_messages(row.prompt)
@@ -174,7 +176,7 @@ def _demo_rows(source: PromptSource) -> Iterator[_Row]:
         yield _Row(conversation.messages, conversation.final_answer)
 
 
-def _dataset_rows(source: PromptSource) -> Iterator[_Row]:
+def _dataset_rows(source: PromptSource, answer_column: str | None) -> Iterator[_Row]:
     dataset = _load_dataset(source)
     column = source.column or next((name for name in PROMPT_COLUMNS if name in dataset.column_names), None)
     if column not in dataset.column_names:
@@ -183,9 +185,15 @@ def _dataset_rows(source: PromptSource) -> Iterator[_Row]:
             f"{source_name(source)}: {wanted}; it has {', '.join(dataset.column_names)}. "
             f"Accepted: {ACCEPTED_FORMS}; or name the `column` that holds one of these forms"
         )
-    columns = [name for name in (column, INSTRUCTION_INPUT, FINAL_ANSWER_COLUMN) if name in dataset.column_names]
+    if answer_column and answer_column not in dataset.column_names:
+        raise ValueError(
+            f"{source_name(source)}: the answer's column={answer_column!r} is not there; "
+            f"it has {', '.join(dataset.column_names)}"
+        )
+    answer_column = answer_column or FINAL_ANSWER_COLUMN
+    columns = [name for name in (column, INSTRUCTION_INPUT, answer_column) if name in dataset.column_names]
     for row in islice(dataset.select_columns(list(dict.fromkeys(columns))), source.limit):
-        prompt, final_answer = row[column], row.get(FINAL_ANSWER_COLUMN)
+        prompt, final_answer = row[column], row.get(answer_column)
         if column == "instruction" and isinstance(prompt, str) and row.get(INSTRUCTION_INPUT):
             prompt = f"{prompt}\n\n{row[INSTRUCTION_INPUT]}"
         yield _Row(prompt, None if final_answer is None else str(final_answer))

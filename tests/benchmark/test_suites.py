@@ -6,19 +6,20 @@ from typing import Any
 import pytest
 import torch
 
-from specforge_core.benchmark.suites import load_requests
+from specforge_core.benchmark.suites import load_references, load_requests
 from specforge_core.data.prompts import load_prompts
+from specforge_core.manifest import AnswerConfig
 from specforge_core.stages import ResolvedSource, ResolvedSuite
 from specforge_core.targets.hf import HFTarget
 
 MAX_NEW_TOKENS = 40
 
 
-def suite(directory: Path, rows: list[dict[str, Any]]) -> ResolvedSuite:
+def suite(directory: Path, rows: list[dict[str, Any]], answer: AnswerConfig | None = None) -> ResolvedSuite:
     path = directory / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = ResolvedSource(dataset=str(path), content_id="test")
-    return ResolvedSuite(name="suite", source=source, max_new_tokens=MAX_NEW_TOKENS)
+    return ResolvedSuite(name="suite", source=source, max_new_tokens=MAX_NEW_TOKENS, answer=answer)
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +69,25 @@ def test_a_prompt_that_leaves_no_room_is_left_out_and_a_suite_of_such_is_refused
     assert "short?" in target.tokenizer.decode(request.input_ids)
     with pytest.raises(ValueError, match="suite suite: none of the 1 prompts"):
         load_requests(suite(tmp_path, [long]), target, batch_size=4)
+
+
+def test_references_are_found_by_the_ids_of_the_requests(target, tmp_path):
+    rows = [
+        {"turns": ["2 + 2?"], "answer": "As 2 + 2 = 4:\n#### 4"},
+        {"turns": ["3 + 3?", "And twice that?"], "answer": "12"},
+        {"turns": ["pi?"], "answer": None},
+    ]
+    asked = suite(tmp_path, rows, AnswerConfig(kind="number", column="answer"))
+    single, *_ = load_requests(asked, target, batch_size=4)
+    assert load_references(asked) == {single.id: "As 2 + 2 = 4:\n#### 4"}
+    assert load_references(suite(tmp_path, rows)) == {}
+
+
+def test_a_suite_whose_answers_cannot_be_checked_is_refused(tmp_path):
+    answer = AnswerConfig(kind="number", column="answer")
+    with pytest.raises(ValueError, match="suite suite: 'four' is no reference answer of kind 'number'"):
+        load_references(suite(tmp_path, [{"prompt": "2 + 2?", "answer": "four"}], answer))
+    with pytest.raises(ValueError, match="suite suite: no prompt of one question has an answer in the column 'answer'"):
+        load_references(suite(tmp_path, [{"turns": ["1?", "2?"], "answer": "4"}], answer))
+    with pytest.raises(ValueError, match="the answer's column='answer' is not there; it has prompt, reply"):
+        load_references(suite(tmp_path, [{"prompt": "2 + 2?", "reply": "4"}], answer))

@@ -110,6 +110,15 @@ def test_a_parquet_file_reads_like_a_json_file(tmp_path: Path) -> None:
     assert prompt.final_answer == "4"
 
 
+def test_a_named_answer_column_is_read_and_must_be_there(tmp_path: Path) -> None:
+    rows = [{"question": "1+1?", "answer": 2, "final_answer": "not this one"}, {"question": "0?", "answer": None}]
+    path = write_rows(tmp_path / "prompts.jsonl", rows)
+    prompts = load_prompts(PromptSource(dataset=str(path)), answer_column="answer")
+    assert [prompt.final_answer for prompt in prompts] == ["2", None]
+    with pytest.raises(ValueError, match=r"the answer's column='Answer' is not there; it has question, answer, final_"):
+        list(load_prompts(PromptSource(dataset=str(path)), answer_column="Answer"))
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("hi")
