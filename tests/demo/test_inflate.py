@@ -116,6 +116,7 @@ def test_layers_between_change_nothing(pair: Pair, ids_BT: Tensor):
     assert all(torch.equal(states[j + 1], states[j]) for j in added)
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_the_small_models(pair: Pair):
     tokenizer = load_tokenizer(pair.folder)
     conversations = [c for family in FAMILIES for c in islice(generate("heldout", seed=32, family=family), 1)]

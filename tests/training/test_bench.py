@@ -218,6 +218,7 @@ def run_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     return run
 
 
+@pytest.mark.slow
 def test_a_run_leaves_result_report_and_plot(
     tmp_path: Path, run_bench: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
