@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import re
 import shlex
 import subprocess
 import sys
@@ -45,3 +46,8 @@ def commit() -> str | None:
         git("ls-files", "--error-unmatch", source.name)
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     return None
+
+
+def hardware_stem(made_on: Environment) -> str:
+    """The name of the hardware that a result was made on, fit for a file."""
+    return re.sub(r"[^a-z0-9]+", "-", (made_on.gpu or made_on.cpu).lower()).strip("-")

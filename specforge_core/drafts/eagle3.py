@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from specforge_core.drafts.base import DraftBatch, DraftLoss, DraftModel, TargetHead
 from specforge_core.drafts.eagle3_config import ARCHITECTURE, llama_config, make_serving_config
@@ -171,11 +171,14 @@ class Eagle3Draft(DraftModel):
 
     def fuse(self, aux_hidden_TLD: Tensor) -> Tensor:
         """The first hidden state [..., D], from the target's captured layers [..., L, D]."""
-        aux_hidden_TLD = aux_hidden_TLD.to(self.fc.weight.dtype)
-        if self.fc_norm is not None:
-            layers = zip(self.fc_norm, aux_hidden_TLD.unbind(-2), strict=True)
-            aux_hidden_TLD = torch.stack([norm(hidden_TD) for norm, hidden_TD in layers], dim=-2)
-        return self.fc(aux_hidden_TLD.flatten(-2))
+        return self.fc(self.fc_input(aux_hidden_TLD.to(self.fc.weight.dtype)))
+
+    def fc_input(self, aux_hidden_TLD: Tensor) -> Tensor:
+        """The captured layers side by side [..., L D], each normed if there are norms for them."""
+        if self.fc_norm is None:
+            return aux_hidden_TLD.flatten(-2)
+        layers = zip(self.fc_norm, aux_hidden_TLD.unbind(-2), strict=True)
+        return torch.cat([norm(hidden_TD) for norm, hidden_TD in layers], dim=-1)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Logits over the draft vocabulary [..., W] of a layer output."""
@@ -249,7 +252,7 @@ class Eagle3Draft(DraftModel):
             rows_per_pass=rows_per_pass(len(self.d2t)),
             bucket=ROW_BUCKET if self.fc.weight.is_cuda else 1,
         )
-        return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, index)
+        return tree_map_only(Tensor, lambda x: x.to(device), index)
 
 
 def rows_per_pass(draft_vocab_size: int) -> int:

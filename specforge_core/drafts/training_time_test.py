@@ -4,12 +4,12 @@ Per token, once: the fused hidden state, the step-0 keys and values, and the emb
 values, since q, k, v = W [rms(e); rms(h)] = W_e rms(e) + W_h rms(h) and every step reads the same W_e rms(e), shifted.
 Per pass: all steps forward, head and loss with their gradient, all steps backward.
 
-T tokens of a packed batch, U teaching tokens, R rows of a pass, L captured layers, D width, N query heads, M KV heads,
+T tokens of a packed batch, U teaching tokens, R rows of a pass, D width, N query heads, M KV heads,
 C head width, E columns of the query or key and value projections or, where C follows, their heads.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from specforge_core.drafts.base import DraftBatch, DraftLoss
-from specforge_core.drafts.layers import RMSNorm
 from specforge_core.drafts.linear import FeedForward, Weight, gradient_buffer, linear, make_weight
 from specforge_core.drafts.rows import Pass, RowIndex
 from specforge_core.kernels.linear_soft_cross_entropy import HeadLoss, Teacher, linear_soft_cross_entropy
@@ -152,7 +151,7 @@ def share(draft: "Eagle3Draft", weights: Weights, batch: DraftBatch, rows: RowIn
     """What all passes read, and where it comes from."""
     layer, shape = draft.midlayer, draft.shape
     with record_function("projections"):
-        hidden_TD = fuse(draft, weights.fc, batch.aux_hidden_TLD.to(weights.dtype))
+        hidden_TD = linear(draft.fc_input(batch.aux_hidden_TLD.to(weights.dtype)), weights.fc)
         embedding_TD = rms_norm(
             F.embedding(batch.input_ids_T, draft.embed_tokens).to(weights.dtype),
             layer.input_layernorm.weight,
@@ -183,15 +182,6 @@ def share(draft: "Eagle3Draft", weights: Weights, batch: DraftBatch, rows: RowIn
         sin_PC=sin_PC,
     )
     return Sources(hidden_TD, key_value_TEC, query_embedding_UE, key_value_embedding_TE), shared
-
-
-def fuse(draft: "Eagle3Draft", weight: Weight, aux_hidden_TLD: Tensor) -> Tensor:
-    """The first hidden state [T, D], from the target's captured layers."""
-    if draft.fc_norm is None:
-        return linear(aux_hidden_TLD.flatten(1), weight)
-    norms = [cast(RMSNorm, norm) for norm in draft.fc_norm]
-    layers = zip(norms, aux_hidden_TLD.unbind(1), strict=True)
-    return linear(torch.cat([rms_norm(hidden_TD, norm.weight, norm.eps) for norm, hidden_TD in layers], dim=1), weight)
 
 
 def run_steps(

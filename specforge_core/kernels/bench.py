@@ -10,7 +10,6 @@ each. `--out` writes <gpu>.json and <gpu>.md.
 import argparse
 import gc
 import logging
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from specforge_core.artifacts import Environment, Record, write_atomically
 from specforge_core.benchmark.report import markdown_table
-from specforge_core.environment import environment
+from specforge_core.environment import environment, hardware_stem
 from specforge_core.kernels.cases import Case, Inputs, all_cases, as_tuple, check, gradients_of
 
 logger = logging.getLogger(__name__)
@@ -279,7 +278,7 @@ def _milliseconds(timing: Timing | None) -> str:
 
 def write_report(directory: Path, report: KernelReport) -> Path:
     """The markdown file written; its typed twin lies beside it."""
-    name = re.sub(r"[^a-z0-9]+", "-", (report.environment.gpu or "").lower()).strip("-")
+    name = hardware_stem(report.environment)
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / f"{name}.json", report.model_dump_json(indent=1) + "\n")
     write_atomically(directory / f"{name}.md", markdown(report))

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from specforge_core.drafts.base import DraftBatch, DraftLoss, DraftModel
+from specforge_core.drafts.linear import gradient_buffer
 from specforge_core.training.optim import take_step
 from specforge_core.training.workers import Workers
 
@@ -46,6 +47,4 @@ def train_step(
 
 def zeroed_gradient(parameter: Tensor) -> Tensor:
     """The parameter's `.grad`, all zero, in the memory that it had."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad.zero_()
+    return gradient_buffer(parameter).zero_()

@@ -31,8 +31,13 @@ class Workers(NamedTuple):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of losses and gradients: bfloat16 on a GPU, float32 on a CPU. Weights and sums are float32 on both."""
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        """`compute_dtype` of the device."""
+        return compute_dtype(self.device)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Of losses and gradients: bfloat16 on a GPU, float32 on a CPU. Weights and sums are float32 on both."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 @contextlib.contextmanager

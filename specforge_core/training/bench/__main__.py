@@ -16,15 +16,15 @@ from typing import get_args
 
 import torch
 
-from specforge_core.environment import environment
-from specforge_core.training.bench.batch import compute_dtype
+from specforge_core.environment import environment, hardware_stem
 from specforge_core.training.bench.lengths import Lengths
 from specforge_core.training.bench.measure import measure_card
 from specforge_core.training.bench.paths import PATHS
 from specforge_core.training.bench.plot import plot_results
-from specforge_core.training.bench.results import TrainingBench, file_stem, markdown, write_results
+from specforge_core.training.bench.results import TrainingBench, markdown, write_results
 from specforge_core.training.bench.run import Settings, measured_rows, measured_step_rows
 from specforge_core.training.bench.shapes import SHAPES, peak_flops
+from specforge_core.training.workers import compute_dtype
 
 DEFAULT_PATHS = ("ours", "reference", "conventional")
 NUM_WARM_UPS = 3
@@ -68,7 +68,7 @@ def run(settings: Settings, arguments: argparse.Namespace) -> TrainingBench:
         peak_flops=peak_flops(gpu),
         **card._asdict(),
     )
-    stem = arguments.name or file_stem(result)
+    stem = arguments.name or hardware_stem(made_on)
     for row in measured_rows(settings, card):
         result = result.model_copy(update={"rows": (*result.rows, row)})
         write_results(result, arguments.out, stem)

@@ -16,14 +16,10 @@ from specforge_core.drafts.rows import is_teaching
 from specforge_core.manifest import Eagle3Config
 from specforge_core.training.bench.lengths import Conversation
 from specforge_core.training.bench.shapes import Shape
+from specforge_core.training.workers import compute_dtype
 
 HEAD_STD = 0.02
 CAPTURE_LAYERS = (1, 15, 28)
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """What a trainer computes in there."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def make_draft(shape: Shape, *, num_steps: int, seed: int, device: torch.device) -> Eagle3Draft:
@@ -52,8 +48,9 @@ def make_batch(conversations: Sequence[Conversation], shape: Shape, *, seed: int
     """
     dtype = compute_dtype(device)
     generator = torch.Generator(device).manual_seed(seed)
-    loss_mask_T = torch.cat([loss_mask(conversation) for conversation in conversations])
-    lengths = torch.tensor([len(loss_mask(conversation)) for conversation in conversations])
+    loss_masks = [loss_mask(conversation) for conversation in conversations]
+    loss_mask_T = torch.cat(loss_masks)
+    lengths = torch.tensor([len(mask) for mask in loss_masks])
     document_ids_T = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
     teaching_U = is_teaching(loss_mask_T, document_ids_T).nonzero().squeeze(1)
 

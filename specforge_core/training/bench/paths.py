@@ -10,8 +10,9 @@ from specforge_core.drafts.base import DraftBatch
 from specforge_core.drafts.eagle3 import Eagle3Draft
 from specforge_core.drafts.eagle3_reference import reference_loss
 from specforge_core.kernels import dispatch
-from specforge_core.training.bench.batch import compute_dtype, to_device
+from specforge_core.training.bench.batch import to_device
 from specforge_core.training.bench.conventional import ConventionalDraft, pad_batch
+from specforge_core.training.workers import compute_dtype
 
 
 class TrainingPath(NamedTuple):

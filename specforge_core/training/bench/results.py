@@ -1,6 +1,5 @@
 """What the training benchmark records, as JSON, as markdown and as a plot. Torch-free."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -110,12 +109,6 @@ class TrainingBench(Record):
     """Read and written, measured in a copy."""
     rows: tuple[Row, ...] = ()
     step_rows: tuple[StepRow, ...] = ()
-
-
-def file_stem(result: TrainingBench) -> str:
-    """The name of the hardware, fit for a file."""
-    name = result.environment.gpu or result.environment.cpu
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def write_results(result: TrainingBench, directory: Path, stem: str) -> None:
