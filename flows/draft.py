@@ -3,7 +3,8 @@
 from prefect import flow
 
 from flows import stages
-from specforge_core.artifacts import BuildArtifacts, Published, Rejected, Withheld
+from specforge_core.artifacts import BuildArtifacts
+from specforge_core.facts import Published, Rejected, Withheld
 from tasks.stage import EntryBuild
 
 

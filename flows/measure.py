@@ -18,9 +18,10 @@ from pathlib import Path
 
 import psutil
 
-from specforge_core.artifacts import Environment, Record, write_atomically
+from specforge_core.artifacts import write_atomically
 from specforge_core.benchmark.report import markdown_table
 from specforge_core.environment import environment
+from specforge_core.facts import Environment, Record
 
 SAMPLE_INTERVAL_S = 0.5
 GIB = 2**30

@@ -13,7 +13,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.draft import build_draft
 from flows.summary import BuildSummary, EntryRow, row_of_error, row_of_outcome, show_summary
-from specforge_core.artifacts import Record
+from specforge_core.facts import Record
 from specforge_core.gpus import Gpu, list_gpus
 from specforge_core.ledger import record_outcome
 from specforge_core.manifest import Manifest, ManifestEntry

@@ -1,4 +1,4 @@
-"""Typed artifact records, and the store that holds them by key. Torch-free.
+"""Typed records of artifacts, and the store that holds them by key. Torch-free.
 
 An artifact is a directory, whole once its `artifact.json` is there, which is written last. The store builds each
 artifact under `<root>/<stage>/.building-<key>/`, where an interrupted stage finds its progress again, and renames it
@@ -17,10 +17,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, computed_field, model_validator
+from pydantic import PrivateAttr, ValidationError
 
 from specforge_core.digests import digest, file_sha256, files_sha256
-from specforge_core.manifest import ServingConfig
+from specforge_core.facts import (
+    BenchmarkResult,
+    Conversations,
+    DraftCheckpoint,
+    HiddenStates,
+    Record,
+    ServingDraft,
+    Vocabulary,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,172 +45,7 @@ NOT_CONTENT = frozenset({RECORD_NAME, SPEC_NAME, LOG_NAME, METRICS_NAME, SERVERS
 PARTIAL_SUFFIX = ".partial"
 
 
-class Record(BaseModel):
-    """Base of everything that is written to a record file: frozen, and strict about unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Conversations(Record):
-    """Facts about regenerated conversations. Token counts are in target tokens."""
-
-    num_conversations: int
-    num_tokens: int
-    num_loss_tokens: int
-    """Tokens that the target produced."""
-    num_failed: int
-    """Prompts that gave no usable conversation."""
-    num_cut_off: int
-    """Conversations whose last answer reached the limit of new tokens."""
-    chat_template_sha256: str
-
-
-class Vocabulary(Record):
-    """Facts about a draft vocabulary."""
-
-    draft_vocab_size: int
-    target_vocab_size: int
-    coverage: float
-    """Share of the supervised tokens that are in the draft vocabulary."""
-
-
-class HiddenStates(Record):
-    """Facts about captured features."""
-
-    layers: tuple[int, ...]
-    """Decoder layers whose output was captured, counted from 0, in the order stored."""
-    num_target_layers: int
-    hidden_size: int
-    dtype: str
-    num_documents: int
-    num_tokens: int
-    num_loss_tokens: int
-    num_shards: int
-
-
-class DraftCheckpoint(Record):
-    """Facts about a trained draft. Positions are draft positions, the first one first."""
-
-    algorithm: str
-    step: int
-    tokens_seen: int
-    num_parameters: int
-    eval_loss: float
-    eval_accuracy: tuple[float, ...]
-    """Greedy matches with the target, by position."""
-    eval_acceptance: tuple[float, ...]
-    """Expected acceptance probability, by position."""
-    eval_acceptance_length: float
-    """Tokens per verification step of a speculative loop over held-out conversations."""
-
-
-class ServingDraft(Record):
-    """Facts about an exported draft."""
-
-    architecture: str
-    num_parameters: int
-    max_reload_error: float
-    """Largest difference of logits between the trained and the re-loaded draft; must be 0."""
-
-
-class Environment(Record):
-    """What a measurement ran on."""
-
-    cpu: str
-    num_threads: int
-    gpu: str | None
-    versions: dict[str, str]
-    commit: str | None
-    command: str
-
-
-class Lossless(Record):
-    """Outputs with draft against outputs without, by prompt."""
-
-    num_identical: int
-    num_near_tie: int
-    """First difference at two tokens whose float32 logits are closer than rounding."""
-    num_different: int
-
-
-class Measurement(Record):
-    """One suite at one serving configuration. Sums, and what follows from them."""
-
-    suite: str
-    serving: ServingConfig
-    num_prompts: int
-    num_output_tokens: int
-    num_verify_steps: int
-    accepted_by_position: tuple[int, ...]
-    """Verification steps in which the draft token at this position was accepted."""
-    ngram_acceptance_length: float
-    """The same engine with an n-gram drafter, so that predictable text is not oversold."""
-    baseline_output_tokens_per_s: tuple[float, ...]
-    """Without draft, one value per repeat."""
-    output_tokens_per_s: tuple[float, ...]
-    """With draft, one value per repeat, interleaved with the above."""
-    speedup: float
-    speedup_low: float
-    speedup_high: float
-    """Median of the repeats' ratios, and its 95 % interval."""
-    lossless: Lossless | None
-    """None for a sampled run: there the distribution is equal, not the text."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_derived(cls, values: Any) -> Any:
-        # Files carry it for their readers; here it follows from the sums.
-        return {k: v for k, v in values.items() if k != "acceptance_length"} if isinstance(values, dict) else values
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def acceptance_length(self) -> float:
-        """Tokens per verification step, the target's own token included; SGLang's `spec_accept_length`."""
-        return self.num_output_tokens / self.num_verify_steps
-
-
-class BenchmarkResult(Record):
-    """What a draft was measured to do."""
-
-    measurements: tuple[Measurement, ...]
-    environment: Environment
-
-
 FactsT = TypeVar("FactsT", bound=Record)
-
-
-class GateFailure(Record):
-    """One threshold of the manifest that a draft did not reach."""
-
-    gate: str
-    """Field of `gates` in the manifest, or `speedup_is_possible`, which every measurement must pass."""
-    suite: str | None
-    """None if the gate is about the draft as a whole."""
-    measured: float | None
-    """None if nothing measured it."""
-    required: float
-    message: str
-    """Both values, where they were measured, and what to try."""
-
-
-class Published(Record):
-    """A draft that passed its gates, and where it lies."""
-
-    path: Path
-    content_id: str
-    """Digest of the repository's files."""
-    changed: bool
-    """False if exactly these files were there already."""
-
-
-class Rejected(Record):
-    """A draft that did not pass its gates."""
-
-    failures: tuple[GateFailure, ...]
-
-
-class Withheld(Record):
-    """A draft that passed its gates in a build that publishes nothing."""
 
 
 class FileRecord(Record):

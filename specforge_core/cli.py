@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from specforge_core.artifacts import SPEC_NAME, Published, Rejected, Store, Withheld
+from specforge_core.artifacts import SPEC_NAME, Store
 from specforge_core.benchmark.headline import headline
+from specforge_core.facts import Published, Rejected, Withheld
 from specforge_core.gpus import list_gpus
 from specforge_core.ledger import EntryRecord, last_artifact, load_entry_record
 from specforge_core.manifest import Manifest, ManifestEntry

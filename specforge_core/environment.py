@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specforge_core import __version__
-from specforge_core.artifacts import Environment
+from specforge_core.facts import Environment
 from specforge_core.gpus import cpu_name
 
 VERSIONS_OF = ("torch", "transformers")

@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import Field
 
-from specforge_core.artifacts import Artifact, Published, Record, Rejected, Store, Withheld, write_atomically
+from specforge_core.artifacts import Artifact, Store, write_atomically
+from specforge_core.facts import Published, Record, Rejected, Withheld
 from specforge_core.stages import SPECS
 
 Outcome = Published | Rejected | Withheld

@@ -7,20 +7,12 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from specforge_core.artifacts import (
-    RECORD_NAME,
-    SPEC_NAME,
-    Artifact,
-    Conversations,
-    DraftCheckpoint,
-    HiddenStates,
-    ServingDraft,
-    Store,
-    Vocabulary,
-)
+from specforge_core.artifacts import RECORD_NAME, SPEC_NAME, Artifact, Store
+from specforge_core.facts import Conversations, DraftCheckpoint, HiddenStates, ServingDraft, Vocabulary
 from specforge_core.gpus import Gpu, cpu_name
 from specforge_core.ledger import load_entry_record
-from specforge_core.manifest import Config, ManifestEntry
+from specforge_core.manifest import ManifestEntry
+from specforge_core.manifest_sections import Config
 from specforge_core.resolve import resolve_benchmark, resolve_data, resolve_target
 from specforge_core.stages import (
     SPECS,

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 from specforge_core.artifacts import write_atomically
 from specforge_core.demo import corpus
 from specforge_core.digests import digest, file_sha256, files_sha256
-from specforge_core.manifest import (
+from specforge_core.manifest import Manifest
+from specforge_core.manifest_sections import (
     BUILTIN_DEMO,
     REPOSITORY_PATTERN,
     BenchmarkConfig,
     DataConfig,
-    Manifest,
     PromptSource,
     TargetConfig,
 )

@@ -5,12 +5,14 @@ digest of that, so two specs with one key give one artifact. Two marks on a fiel
 content id of the artifact in that directory; EXECUTION, nothing (it says where and how fast, not what).
 """
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel
 
-from specforge_core.artifacts import (
+from specforge_core.artifacts import content_id_of, digest
+from specforge_core.facts import (
     BenchmarkResult,
     Conversations,
     DraftCheckpoint,
@@ -18,14 +20,13 @@ from specforge_core.artifacts import (
     Record,
     ServingDraft,
     Vocabulary,
-    content_id_of,
-    digest,
 )
-from specforge_core.manifest import (
+from specforge_core.manifest_sections import (
     BenchmarkConfig,
     Config,
     DataConfig,
     DraftConfig,
+    EngineConfig,
     FeaturesConfig,
     PromptSource,
     SuiteConfig,
@@ -71,6 +72,25 @@ class ResolvedSuite(SuiteConfig):
 
 class ResolvedBenchmark(BenchmarkConfig):
     suites: tuple[ResolvedSuite, ...]
+
+
+class ServedEngine(EngineConfig):
+    """An engine, and where its servers come from."""
+
+    python: Annotated[str, EXECUTION] = sys.executable
+    """Interpreter of the environment that has SGLang."""
+    urls: Annotated[tuple[str, ...], EXECUTION] = ()
+    """Servers that run already; none: the stage starts its own."""
+
+
+class UnmeasuredEngine(ServedEngine):
+    """The same for stages whose result is not a speed: how many requests run at once, and on how many GPUs, is no part
+    of it."""
+
+    tensor_parallel: Annotated[int, EXECUTION] = 1
+    max_running_requests: Annotated[int, EXECUTION] = 64
+    mem_fraction_static: Annotated[float, EXECUTION] = 0.85
+    colocate: Annotated[bool, EXECUTION] = True
 
 
 class StageSpec(Config):
@@ -121,8 +141,10 @@ class RegenerateSpec(StageSpec):
     facts_type: ClassVar[type[Record]] = Conversations
 
     target: ResolvedTarget
+    engine: UnmeasuredEngine = UnmeasuredEngine(name="transformers")
     data: ResolvedData
     batch_size: Annotated[int, EXECUTION] = 64
+    """Of answers at once in process; a server takes `engine.max_running_requests`."""
 
 
 class VocabularySpec(StageSpec):
@@ -145,6 +167,7 @@ class CaptureSpec(StageSpec):
     facts_type: ClassVar[type[Record]] = HiddenStates
 
     target: ResolvedTarget
+    engine: UnmeasuredEngine = UnmeasuredEngine(name="transformers")
     conversations: InputDirectory
     algorithm: str
     """Draft algorithm, which knows the layers that it reads."""
@@ -188,6 +211,7 @@ class BenchmarkSpec(StageSpec):
     facts_type: ClassVar[type[Record]] = BenchmarkResult
 
     target: ResolvedTarget
+    engine: ServedEngine = ServedEngine(name="transformers")
     draft: InputDirectory
     conversations: InputDirectory
     """The n-gram drafter learns from these."""

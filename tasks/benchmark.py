@@ -1,6 +1,7 @@
 """Benchmark: what the draft does for the target."""
 
-from specforge_core.artifacts import Artifact, BenchmarkResult, Conversations, ServingDraft
+from specforge_core.artifacts import Artifact
+from specforge_core.facts import BenchmarkResult, Conversations, ServingDraft
 from specforge_core.plan import benchmark_spec
 from tasks.stage import EntryBuild, StageResult, run_stage, stage_task
 

@@ -1,6 +1,7 @@
 """Capture: the target's hidden states, once, for every epoch of training."""
 
-from specforge_core.artifacts import Artifact, Conversations, HiddenStates
+from specforge_core.artifacts import Artifact
+from specforge_core.facts import Conversations, HiddenStates
 from specforge_core.plan import capture_spec
 from tasks.stage import EntryBuild, StageResult, run_stage, stage_task
 

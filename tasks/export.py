@@ -1,6 +1,7 @@
 """Export: the draft as a folder that a server loads."""
 
-from specforge_core.artifacts import Artifact, DraftCheckpoint, ServingDraft
+from specforge_core.artifacts import Artifact
+from specforge_core.facts import DraftCheckpoint, ServingDraft
 from specforge_core.plan import export_spec
 from tasks.stage import EntryBuild, StageResult, run_stage, stage_task
 

@@ -1,8 +1,7 @@
 """The last question of a build: does the draft reach what its manifest entry asks for?"""
 
-from specforge_core.artifacts import BenchmarkResult, GateFailure, Measurement, Vocabulary
-from specforge_core.benchmark.report import chain
-from specforge_core.manifest import GatesConfig
+from specforge_core.facts import BenchmarkResult, GateFailure, Measurement, Vocabulary
+from specforge_core.manifest_sections import GatesConfig
 
 
 def check_gates(gates: GatesConfig, vocabulary: Vocabulary, result: BenchmarkResult) -> tuple[GateFailure, ...]:
@@ -21,7 +20,7 @@ def check_gates(gates: GatesConfig, vocabulary: Vocabulary, result: BenchmarkRes
 
 
 def _where(measurement: Measurement) -> str:
-    return f"on {measurement.suite} with {chain(measurement.serving)} at concurrency {measurement.serving.concurrency}"
+    return f"on {measurement.suite} with {measurement.serving.chain()} at concurrency {measurement.serving.concurrency}"
 
 
 # Comparisons are written as "not (measured >= required)", so that a NaN fails.

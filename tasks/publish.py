@@ -3,8 +3,9 @@
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from specforge_core.artifacts import BuildArtifacts, Published
+from specforge_core.artifacts import BuildArtifacts
 from specforge_core.benchmark.report import make_report
+from specforge_core.facts import Published
 from specforge_core.hub.repository import publish_directory, repository_files
 from tasks.stage import EntryBuild, run_logger
 

@@ -1,6 +1,6 @@
 """Regenerate: every assistant turn of the prompts, answered by the target."""
 
-from specforge_core.artifacts import Conversations
+from specforge_core.facts import Conversations
 from specforge_core.plan import regenerate_spec
 from tasks.stage import EntryBuild, StageResult, run_stage, stage_task
 

@@ -6,8 +6,9 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from specforge_core.artifacts import BuildArtifacts, GateFailure
+from specforge_core.artifacts import BuildArtifacts
 from specforge_core.benchmark.report import EntryReport, make_report, report_markdown, write_report
+from specforge_core.facts import GateFailure
 from tasks.progress import artifact_key
 from tasks.stage import EntryBuild
 

@@ -16,10 +16,11 @@ from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
-from specforge_core.artifacts import LOG_NAME, METRICS_NAME, SPEC_NAME, Artifact, Record, Store, write_atomically
+from specforge_core.artifacts import LOG_NAME, METRICS_NAME, SPEC_NAME, Artifact, Store, write_atomically
+from specforge_core.facts import Record
 from specforge_core.gpus import NO_DEVICES, Lease, lease_devices
 from specforge_core.ledger import record_stage
-from specforge_core.manifest import Config
+from specforge_core.manifest_sections import Config
 from specforge_core.plan import Recipe
 from specforge_core.process import ProcessError, SupervisedProcess, ending
 from specforge_core.stages import USER_ERROR_STATUS, StageSpec

@@ -18,9 +18,10 @@ from typing import Any, Concatenate, Literal, ParamSpec
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
-from specforge_core.artifacts import RECORD_NAME, Artifact, BenchmarkResult
+from specforge_core.artifacts import RECORD_NAME, Artifact
 from specforge_core.benchmark.headline import headline
-from specforge_core.manifest import Config
+from specforge_core.facts import BenchmarkResult
+from specforge_core.manifest_sections import Config
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """Train: the draft, from the target's hidden states."""
 
-from specforge_core.artifacts import Artifact, DraftCheckpoint, HiddenStates, Vocabulary
+from specforge_core.artifacts import Artifact
+from specforge_core.facts import DraftCheckpoint, HiddenStates, Vocabulary
 from specforge_core.plan import train_spec
 from tasks.stage import EntryBuild, StageResult, run_stage, stage_task
 

@@ -1,6 +1,7 @@
 """Vocabulary: the tokens that the draft may propose."""
 
-from specforge_core.artifacts import Artifact, Conversations, Vocabulary
+from specforge_core.artifacts import Artifact
+from specforge_core.facts import Conversations, Vocabulary
 from specforge_core.plan import vocabulary_spec
 from tasks.stage import EntryBuild, StageResult, run_stage, stage_task
 

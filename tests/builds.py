@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from specforge_core.manifest import ManifestEntry, ResourcesConfig, TrainingConfig
+from specforge_core.manifest import ManifestEntry
+from specforge_core.manifest_sections import ResourcesConfig, TrainingConfig
 from specforge_core.plan import Recipe
 from specforge_core.stages import ResolvedBenchmark, ResolvedData
 from tasks.stage import EntryBuild

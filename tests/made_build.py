@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from specforge_core.artifacts import (
+from specforge_core.artifacts import BuildArtifacts, seal
+from specforge_core.facts import (
     BenchmarkResult,
-    BuildArtifacts,
     Conversations,
     DraftCheckpoint,
     Environment,
@@ -14,13 +14,12 @@ from specforge_core.artifacts import (
     Measurement,
     ServingDraft,
     Vocabulary,
-    seal,
 )
-from specforge_core.manifest import (
+from specforge_core.manifest import ManifestEntry
+from specforge_core.manifest_sections import (
     BenchmarkConfig,
     DataConfig,
     GatesConfig,
-    ManifestEntry,
     PromptSource,
     PublishConfig,
     ServingConfig,

@@ -15,12 +15,7 @@ import pytest
 from specforge_core.artifacts import (
     RECORD_NAME,
     Artifact,
-    BenchmarkResult,
-    Environment,
-    Lossless,
-    Measurement,
     Store,
-    Vocabulary,
     content_id_of,
     damaged_files,
     load_artifact,
@@ -28,7 +23,8 @@ from specforge_core.artifacts import (
     write_atomically,
 )
 from specforge_core.digests import digest, files_sha256
-from specforge_core.manifest import ServingConfig
+from specforge_core.facts import BenchmarkResult, Environment, Lossless, Measurement, Vocabulary
+from specforge_core.manifest_sections import ServingConfig
 
 FACTS = Vocabulary(draft_vocab_size=2, target_vocab_size=4, coverage=0.5)
 STAGE, KEY = "vocabulary", "k"
@@ -178,7 +174,8 @@ def test_a_benchmark_record_is_read_back_as_written(tmp_path: Path) -> None:
 BUILDER = """
 import sys, time
 from pathlib import Path
-from specforge_core.artifacts import Store, Vocabulary, seal
+from specforge_core.artifacts import Store, seal
+from specforge_core.facts import Vocabulary
 root, go = Path(sys.argv[1]), Path(sys.argv[2])
 (go.parent / f"ready-{sys.argv[3]}").touch()
 while not go.exists():

@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from specforge_core import cli
-from specforge_core.artifacts import GateFailure, Rejected, Store
+from specforge_core.artifacts import Store
+from specforge_core.facts import GateFailure, Rejected
 from specforge_core.ledger import record_outcome
 from tests import made_build
 from tests.builds import recipe_of

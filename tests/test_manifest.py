@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from specforge_core.manifest import Eagle3Config, Manifest, ManifestEntry, TrainingConfig
+from specforge_core.manifest import Manifest, ManifestEntry
 from specforge_core.manifest_errors import ManifestError
+from specforge_core.manifest_sections import Eagle3Config, TrainingConfig
 
 SHIPPED = Path(__file__).parents[1] / "bundle_manifest.yaml"
 # 16 lines; an entry's own sections may follow from line 17 on.

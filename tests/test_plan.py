@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from specforge_core.artifacts import PROGRESS_DIRECTORY, SPEC_NAME, Artifact, Published, Store, seal
+from specforge_core.artifacts import PROGRESS_DIRECTORY, SPEC_NAME, Artifact, Store, seal
+from specforge_core.facts import Published
 from specforge_core.ledger import last_artifact, load_entry_record, record_outcome, record_stage
-from specforge_core.manifest import Eagle3Config, TrainingConfig
+from specforge_core.manifest_sections import Eagle3Config, TrainingConfig
 from specforge_core.plan import STEPS, Recipe, StagePlan, plan_entry, plan_unbuilt
 from tests import made_build
 from tests.builds import recipe_of

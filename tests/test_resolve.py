@@ -15,7 +15,8 @@ import yaml
 from huggingface_hub import HfApi
 
 from specforge_core import resolve
-from specforge_core.manifest import BenchmarkConfig, DataConfig, Manifest, PromptSource, SuiteConfig, TargetConfig
+from specforge_core.manifest import Manifest
+from specforge_core.manifest_sections import BenchmarkConfig, DataConfig, PromptSource, SuiteConfig, TargetConfig
 from specforge_core.resolve import pin, resolve_benchmark, resolve_data, resolve_source, resolve_target
 
 # All digits and one "e": unquoted, YAML takes it for a number.

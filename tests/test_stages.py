@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from specforge_core.artifacts import Vocabulary, seal
-from specforge_core.manifest import AnswerConfig, BenchmarkConfig, Eagle3Config, FeaturesConfig, TrainingConfig
+from specforge_core.artifacts import seal
+from specforge_core.facts import Vocabulary
+from specforge_core.manifest_sections import AnswerConfig, BenchmarkConfig, Eagle3Config, FeaturesConfig, TrainingConfig
 from specforge_core.stages import (
     SPECS,
     BenchmarkSpec,

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from specforge_core.manifest import AnswerKind
+from specforge_core.manifest_sections import AnswerKind
 
 # A looping target writes digits without end, which nobody asked for and which take quadratic time to convert.
 MAX_NUMBER_CHARACTERS = 60

@@ -3,7 +3,7 @@
 import statistics
 from typing import NamedTuple
 
-from specforge_core.artifacts import BenchmarkResult
+from specforge_core.facts import BenchmarkResult
 
 
 class Headline(NamedTuple):

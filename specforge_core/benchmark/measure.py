@@ -10,13 +10,12 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from specforge_core.artifacts import Lossless, Measurement
 from specforge_core.benchmark.interval import median_interval
 from specforge_core.benchmark.lossless import LosslessCheck
-from specforge_core.benchmark.report import chain
 from specforge_core.decoding.drafters import Drafter
 from specforge_core.decoding.speculative import Generation, generate
-from specforge_core.manifest import ServingConfig
+from specforge_core.facts import Lossless, Measurement
+from specforge_core.manifest_sections import ServingConfig
 from specforge_core.progress import progress
 from specforge_core.targets import GenerationRequest, Sampling
 from specforge_core.targets.hf import HFTarget
@@ -122,7 +121,7 @@ def timed_rounds(subject: Subject, workload: Workload) -> list[Round]:
     for drafter in (None, subject.drafter):
         decode(subject.target, warm_up, parts[0], drafter, batch_size=batch_size)
     rounds = []
-    desc = f"benchmark {workload.suite} {chain(workload.serving)}"
+    desc = f"benchmark {workload.suite} {workload.serving.chain()}"
     with progress(desc=desc, total=sum(map(len, parts)), unit="prompt") as bar:
         for number, part in enumerate(parts):
             order = (None, subject.drafter) if number % 2 == 0 else (subject.drafter, None)

@@ -5,9 +5,9 @@ from datetime import datetime
 from pathlib import Path
 from statistics import median
 
-from specforge_core.artifacts import (
+from specforge_core.artifacts import BuildArtifacts, write_atomically
+from specforge_core.facts import (
     BenchmarkResult,
-    BuildArtifacts,
     Conversations,
     DraftCheckpoint,
     GateFailure,
@@ -16,9 +16,8 @@ from specforge_core.artifacts import (
     Record,
     ServingDraft,
     Vocabulary,
-    write_atomically,
 )
-from specforge_core.manifest import ManifestEntry, ServingConfig
+from specforge_core.manifest import ManifestEntry
 from specforge_core.stages import ResolvedTarget
 
 
@@ -146,7 +145,7 @@ def result_rows(result: BenchmarkResult) -> list[dict[str, str]]:
     return [
         {
             "suite": measurement.suite,
-            "chain": chain(measurement.serving),
+            "chain": measurement.serving.chain(),
             "concurrency": str(measurement.serving.concurrency),
             "prompts": str(measurement.num_prompts),
             "acceptance length": f"{measurement.acceptance_length:.2f}",
@@ -168,7 +167,7 @@ def position_rows(result: BenchmarkResult) -> list[dict[str, str]]:
         shares = [f"{count / measurement.num_verify_steps:.1%}" for count in measurement.accepted_by_position]
         # Chains of several lengths share the table.
         cells = shares + [""] * (longest - len(shares))
-        row = {"suite": measurement.suite, "chain": chain(measurement.serving)}
+        row = {"suite": measurement.suite, "chain": measurement.serving.chain()}
         rows.append(row | {str(position): cell for position, cell in enumerate(cells, start=1)})
     return rows
 
@@ -219,11 +218,6 @@ def measured_on(result: BenchmarkResult) -> str:
         f"{environment.gpu or 'No GPU'}; {environment.cpu}, {environment.num_threads} threads; {versions}; "
         f"commit {environment.commit or 'unknown'}."
     )
-
-
-def chain(serving: ServingConfig) -> str:
-    """`steps-topk-draft tokens`, as acceptance figures are quoted."""
-    return f"{serving.num_steps}-{serving.topk}-{serving.num_draft_tokens}"
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from specforge_core.artifacts import BenchmarkResult, write_atomically
+from specforge_core.artifacts import write_atomically
 from specforge_core.benchmark.lossless import LosslessCheck
 from specforge_core.benchmark.measure import UNTIMED_BATCH_SIZE, Recorder, Subject, Workload, measure
 from specforge_core.benchmark.suites import load_requests
@@ -22,6 +22,7 @@ from specforge_core.decoding.ngram import NgramDrafter, SupervisedTokens, learn_
 from specforge_core.decoding.speculative import Generation
 from specforge_core.decoding.threads import fastest_num_threads, torch_threads
 from specforge_core.environment import environment
+from specforge_core.facts import BenchmarkResult
 from specforge_core.stages import BenchmarkSpec
 from specforge_core.targets import Sampling
 from specforge_core.targets.hf import HFTarget

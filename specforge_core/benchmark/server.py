@@ -24,8 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from specforge_core.artifacts import SERVERS_DIRECTORY, Record, write_atomically
+from specforge_core.artifacts import SERVERS_DIRECTORY, write_atomically
 from specforge_core.benchmark.server_flags import Options, ServerFlags, known_flags, resolve_flags
+from specforge_core.facts import ServerRecord
 from specforge_core.process import ProcessError, SupervisedProcess
 
 logger = logging.getLogger(__name__)
@@ -64,19 +65,6 @@ class Launch:
         variables = {"PYTHONUNBUFFERED": "1", **visible, **self.environment}
         assignments = [f"{name}={value}" for name, value in variables.items()]
         return ("env", *assignments, self.python, "-m", self.module)
-
-
-class ServerRecord(Record):
-    """What served a stage."""
-
-    version: str
-    """Of SGLang."""
-    command: str | None = None
-    """Its latest start; None for a server that was running already."""
-    gpus: tuple[str, ...] = ()
-    dropped_flags: tuple[str, ...] = ()
-    """Options that this version does not have."""
-    num_restarts: int = 0
 
 
 class Server(Protocol):

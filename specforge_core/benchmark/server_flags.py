@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from specforge_core.manifest import ServingConfig
+from specforge_core.manifest_sections import ServingConfig
 from specforge_core.stages import ResolvedTarget
 
 logger = logging.getLogger(__name__)

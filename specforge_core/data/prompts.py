@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, cast, get_args
 
 from specforge_core.digests import digest
-from specforge_core.manifest import BUILTIN_DEMO, PromptSource
+from specforge_core.manifest_sections import BUILTIN_DEMO, PromptSource
 
 logger = logging.getLogger(__name__)
 

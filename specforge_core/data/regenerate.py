@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from specforge_core.artifacts import METRICS_NAME, PROGRESS_DIRECTORY, Conversations
+from specforge_core.artifacts import METRICS_NAME, PROGRESS_DIRECTORY
 from specforge_core.data.chat_template import chat_template_sha256, next_turn_ids, prompt_ids
 from specforge_core.data.conversations import Conversation, write_conversations
 from specforge_core.data.journal import Journal
 from specforge_core.data.prompts import Message, Prompt, UnusableRow, read_rows
-from specforge_core.manifest import DataConfig
+from specforge_core.facts import Conversations
+from specforge_core.manifest_sections import DataConfig
 from specforge_core.progress import progress
 from specforge_core.stages import RegenerateSpec
 from specforge_core.targets import Completion, GenerationRequest, Sampling, TargetBackend

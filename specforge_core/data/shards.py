@@ -25,11 +25,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specforge_core.artifacts import PARTIAL_SUFFIX, Record, file_sha256, write_atomically
+from specforge_core.artifacts import PARTIAL_SUFFIX, file_sha256, write_atomically
 from specforge_core.data.float8 import quantised
 from specforge_core.drafts.base import TargetHead
 from specforge_core.drafts.rows import is_teaching
-from specforge_core.manifest import FeatureDtype
+from specforge_core.facts import Record
+from specforge_core.manifest_sections import FeatureDtype
 from specforge_core.targets import TargetFeatures
 
 FORMAT_VERSION = 2

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
-from specforge_core.artifacts import Vocabulary
 from specforge_core.data.conversations import scan_columns
+from specforge_core.facts import Vocabulary
 from specforge_core.stages import ResolvedTarget, VocabularySpec
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from specforge_core.drafts.rows import RowIndex
-from specforge_core.manifest import DraftConfig
+from specforge_core.manifest_sections import DraftConfig
 
 
 class DraftBatch(NamedTuple):

@@ -17,7 +17,7 @@ from specforge_core.drafts.eagle3_config import ARCHITECTURE, llama_config, make
 from specforge_core.drafts.layers import Eagle3Layer, RMSNorm
 from specforge_core.drafts.rows import RowIndex, index_rows
 from specforge_core.drafts.training_time_test import layer_outputs, training_time_test
-from specforge_core.manifest import Eagle3Config
+from specforge_core.manifest_sections import Eagle3Config
 
 NUM_AUX_LAYERS = 3
 # Measured on the demo target: fc as an average of its layers, the middle layer as a copy of the target's last one, or

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from specforge_core.manifest import Eagle3Config
+from specforge_core.manifest_sections import Eagle3Config
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 

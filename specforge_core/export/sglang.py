@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from specforge_core.artifacts import ServingDraft, write_atomically
+from specforge_core.artifacts import write_atomically
 from specforge_core.drafts.eagle3 import NUM_AUX_LAYERS, Eagle3Draft
 from specforge_core.drafts.eagle3_reference import attend
 from specforge_core.export.verify import CONFIG_NAME, WEIGHTS_NAME, check_serving_folder
+from specforge_core.facts import ServingDraft
 from specforge_core.stages import ExportSpec, ResolvedTarget
 from specforge_core.training.train import DRAFT_CONFIG_NAME, DRAFT_NAME
 

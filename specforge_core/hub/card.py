@@ -9,7 +9,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from specforge_core.benchmark.report import (
     RESULT_LEGEND,
     EntryReport,
-    chain,
     lineage_rows,
     making_rows,
     markdown_table,
@@ -17,7 +16,8 @@ from specforge_core.benchmark.report import (
     position_rows,
     result_rows,
 )
-from specforge_core.manifest import ManifestEntry, ServingConfig
+from specforge_core.manifest import ManifestEntry
+from specforge_core.manifest_sections import ServingConfig
 
 TEMPLATE_NAME = "model_card.md"
 
@@ -78,7 +78,7 @@ def card_data(report: EntryReport) -> ModelCardData:
 def _eval_results(report: EntryReport) -> Iterator[EvalResult]:
     splits = {suite.name: suite.source.split for suite in report.lineage.entry.benchmark.suites}
     for measurement in report.benchmark.measurements:
-        where = f"chain {chain(measurement.serving)}, concurrency {measurement.serving.concurrency}"
+        where = f"chain {measurement.serving.chain()}, concurrency {measurement.serving.concurrency}"
         for metric_type, metric_name, value in (
             ("acceptance_length", "Acceptance length", measurement.acceptance_length),
             ("speedup", "Speedup of output tokens/s", measurement.speedup),
@@ -105,7 +105,7 @@ def launch_lines(report: EntryReport) -> dict[str, str]:
     concurrencies: dict[str, list[int]] = {}
     lines: dict[str, str] = {}
     for measurement in report.benchmark.measurements:
-        name = chain(measurement.serving)
+        name = measurement.serving.chain()
         concurrencies.setdefault(name, []).append(measurement.serving.concurrency)
         lines[name] = launch_line(report.lineage.entry, measurement.serving, revision=report.lineage.target_revision)
     return {

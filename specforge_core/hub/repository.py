@@ -23,11 +23,12 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from specforge_core.artifacts import BuildArtifacts, Published
+from specforge_core.artifacts import BuildArtifacts
 from specforge_core.benchmark.report import EntryReport
 from specforge_core.digests import digest, file_sha256
+from specforge_core.facts import Published
 from specforge_core.hub.card import model_card
-from specforge_core.manifest import NAME_PATTERN
+from specforge_core.manifest_sections import NAME_PATTERN
 from specforge_core.stages import ResolvedTarget
 
 VERSIONS = ".versions"

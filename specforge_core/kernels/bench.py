@@ -22,9 +22,10 @@ import torch
 import triton.testing
 from torch import Tensor
 
-from specforge_core.artifacts import Environment, Record, write_atomically
+from specforge_core.artifacts import write_atomically
 from specforge_core.benchmark.report import markdown_table
 from specforge_core.environment import environment, hardware_stem
+from specforge_core.facts import Environment, Record
 from specforge_core.kernels.cases import Case, Inputs, all_cases, as_tuple, check, gradients_of
 
 logger = logging.getLogger(__name__)
@@ -122,8 +123,10 @@ def measure_case(case: Case, ceilings: Ceilings) -> tuple[Row, ...]:
 
 def _measure_row(case: Case, compiled: Callable[..., Any] | None, direction: Direction, ceilings: Ceilings) -> Row:
     def timing(function: Callable[..., Any], *, as_graph: bool = True) -> Timing:
-        call = CALLS[direction](function, case.make_inputs(torch.device("cuda"), torch.bfloat16))
-        return time_calls(captured(call).replay if as_graph else call)
+        def make_call() -> Callable[[], Any]:
+            return CALLS[direction](function, case.make_inputs(torch.device("cuda"), torch.bfloat16))
+
+        return time_calls(captured(make_call).replay if as_graph else make_call())
 
     def timing_of_rival(name: str, function: Callable[..., Any] | None, *, as_graph: bool = True) -> Timing | None:
         if function is None:
@@ -180,16 +183,18 @@ CALLS: dict[Direction, Callable[[Callable[..., Any], Inputs], Callable[[], Any]]
 }
 
 
-def captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """`call`, which does not wait for the device, as a CUDA graph."""
+def captured(make_call: Callable[[], Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    """What `make_call` makes, a call that does not wait for the device, as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
+    # Inputs too: a backward pass goes on the stream on which its leaves were first used, and another may not capture.
     with torch.cuda.stream(stream):
+        call = make_call()
         for _ in range(WARMUP_CALLS):
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         call()
     return graph
 

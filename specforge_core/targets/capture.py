@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from specforge_core.artifacts import HiddenStates
 from specforge_core.data.conversations import scan_columns
 from specforge_core.data.shards import (
     Document,
@@ -21,6 +20,7 @@ from specforge_core.data.shards import (
     teaching_in_document,
 )
 from specforge_core.drafts import ALGORITHMS
+from specforge_core.facts import HiddenStates
 from specforge_core.progress import progress
 from specforge_core.stages import CaptureSpec
 from specforge_core.targets import CaptureRequest, TargetFeatures

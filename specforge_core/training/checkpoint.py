@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from specforge_core.artifacts import PARTIAL_SUFFIX, Record
+from specforge_core.artifacts import PARTIAL_SUFFIX
 from specforge_core.drafts.base import DraftModel
+from specforge_core.facts import Record
 
 logger = logging.getLogger(__name__)
 

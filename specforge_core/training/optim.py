@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from specforge_core.manifest import TrainingConfig
+from specforge_core.manifest_sections import TrainingConfig
 
 # Newton-Schulz orthogonalisation is meant for matrices that map hidden states to hidden states, not for the head.
 MUON_PREFIXES = ("fc.", "midlayer.")

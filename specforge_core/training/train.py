@@ -16,14 +16,15 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from specforge_core.artifacts import METRICS_NAME, PROGRESS_DIRECTORY, DraftCheckpoint, write_atomically
+from specforge_core.artifacts import METRICS_NAME, PROGRESS_DIRECTORY, write_atomically
 from specforge_core.data.loader import FeatureSet, plan_steps, rank_share
 from specforge_core.data.shards import load_index, load_target_config, load_target_head
 from specforge_core.data.vocab import load_vocabulary
 from specforge_core.drafts import ALGORITHMS
 from specforge_core.drafts.base import DraftBatch, DraftModel
+from specforge_core.facts import DraftCheckpoint
 from specforge_core.kernels.float8_product import multiplies_float8
-from specforge_core.manifest import TrainingConfig
+from specforge_core.manifest_sections import TrainingConfig
 from specforge_core.progress import progress
 from specforge_core.stages import TrainSpec
 from specforge_core.training.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint

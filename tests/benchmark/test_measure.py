@@ -6,7 +6,7 @@ from specforge_core.benchmark.measure import Subject, Workload, deal, measure
 from specforge_core.decoding import speculative
 from specforge_core.decoding.ngram import NgramDrafter
 from specforge_core.decoding.verification import Verdict
-from specforge_core.manifest import ServingConfig
+from specforge_core.manifest_sections import ServingConfig
 from specforge_core.targets import GenerationRequest, Sampling
 from specforge_core.targets.hf import HFTarget
 from tests.decoding.drafters import FunctionDrafter, knowing

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from specforge_core.artifacts import GateFailure
 from specforge_core.benchmark.report import (
     EntryReport,
     load_report,
@@ -16,7 +15,8 @@ from specforge_core.benchmark.report import (
     result_rows,
     write_report,
 )
-from specforge_core.manifest import ServingConfig
+from specforge_core.facts import GateFailure
+from specforge_core.manifest_sections import ServingConfig
 from tests import made_build
 from tests.made_build import measurement, result
 

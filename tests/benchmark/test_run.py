@@ -5,11 +5,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from specforge_core.artifacts import BenchmarkResult
 from specforge_core.benchmark import run as stage
 from specforge_core.data.conversations import Conversation, write_conversations
 from specforge_core.drafts.eagle3 import Eagle3Draft
-from specforge_core.manifest import Eagle3Config, ServingConfig
+from specforge_core.facts import BenchmarkResult
+from specforge_core.manifest_sections import Eagle3Config, ServingConfig
 from specforge_core.stages import BenchmarkSpec, ResolvedBenchmark, ResolvedSource, ResolvedSuite
 from specforge_core.targets.hf import HFTarget
 

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from specforge_core.artifacts import SERVERS_DIRECTORY, Conversations, seal
+from specforge_core.artifacts import SERVERS_DIRECTORY, seal
 from specforge_core.benchmark import server as server_module
 from specforge_core.benchmark.server import (
     AttachedServer,
@@ -34,6 +34,7 @@ from specforge_core.benchmark.server import (
     running_servers,
     server_info,
 )
+from specforge_core.facts import Conversations
 from tests.sglang_like import MODULE, Behaviour, read_journal
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from specforge_core.benchmark.server_flags import (
     resolve_flags,
     target_options,
 )
-from specforge_core.manifest import ServingConfig
+from specforge_core.manifest_sections import ServingConfig
 from specforge_core.stages import ResolvedTarget
 from tests.sglang_like import MODULE
 

@@ -8,7 +8,7 @@ import torch
 
 from specforge_core.benchmark.suites import load_references, load_requests
 from specforge_core.data.prompts import load_prompts
-from specforge_core.manifest import AnswerConfig
+from specforge_core.manifest_sections import AnswerConfig
 from specforge_core.stages import ResolvedSource, ResolvedSuite
 from specforge_core.targets.hf import HFTarget
 

@@ -7,7 +7,7 @@ import pytest
 
 from specforge_core.data.prompts import Prompt, asked_messages, load_prompts, read_rows
 from specforge_core.demo import corpus
-from specforge_core.manifest import PromptSource
+from specforge_core.manifest_sections import PromptSource
 from tests.data.scripted_target import write_rows
 
 USER_HI = {"role": "user", "content": "hi"}

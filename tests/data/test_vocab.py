@@ -3,10 +3,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specforge_core.artifacts import Conversations, seal
+from specforge_core.artifacts import seal
 from specforge_core.data import vocab
 from specforge_core.data.conversations import Conversation, write_conversations
 from specforge_core.data.vocab import VOCABULARY_NAME, build_vocab_map, load_vocabulary, supervised_token_counts
+from specforge_core.facts import Conversations
 from specforge_core.stages import ResolvedTarget, VocabularySpec
 
 

@@ -11,7 +11,7 @@ from specforge_core.decoding.drafters import Extension
 from specforge_core.decoding.eagle3_drafter import Eagle3Drafter, load_eagle3_drafter
 from specforge_core.decoding.speculative import generate
 from specforge_core.drafts.eagle3 import Eagle3Draft
-from specforge_core.manifest import Eagle3Config
+from specforge_core.manifest_sections import Eagle3Config
 from specforge_core.targets import Sampling
 from specforge_core.targets.hf import HFTarget
 from tests.decoding.conftest import NUM_NEW_TOKENS

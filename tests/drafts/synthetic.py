@@ -8,7 +8,7 @@ from torch import Tensor
 
 from specforge_core.drafts.base import DraftBatch, TargetHead
 from specforge_core.drafts.eagle3 import Eagle3Draft
-from specforge_core.manifest import Eagle3Config
+from specforge_core.manifest_sections import Eagle3Config
 from tests.drafts.eagle3_brute_force import Document
 
 VOCAB_SIZE = 13

@@ -11,7 +11,7 @@ from specforge_core.drafts.base import TargetHead
 from specforge_core.drafts.eagle3 import Eagle3Draft
 from specforge_core.drafts.eagle3_config import llama_config, rope_parameters
 from specforge_core.drafts.layers import Rotary
-from specforge_core.manifest import Eagle3Config
+from specforge_core.manifest_sections import Eagle3Config
 from tests.drafts.synthetic import KEPT, TARGET_CONFIG, VOCAB_SIZE, as_dtype, make_document, make_draft, make_head, pack
 
 LLAMA_31 = {

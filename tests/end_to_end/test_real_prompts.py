@@ -14,12 +14,12 @@ from specforge_core.data.conversations import load_conversations
 from specforge_core.export.sglang import load_target_config
 from specforge_core.export.verify import check_serving_folder
 from specforge_core.hub.repository import publish_directory, repository_files
-from specforge_core.manifest import (
+from specforge_core.manifest import ManifestEntry
+from specforge_core.manifest_sections import (
     BenchmarkConfig,
     DataConfig,
     Eagle3Config,
     GatesConfig,
-    ManifestEntry,
     PromptSource,
     ResourcesConfig,
     SuiteConfig,

@@ -12,7 +12,7 @@ from specforge_core.drafts.base import TargetHead
 from specforge_core.drafts.eagle3 import Eagle3Draft
 from specforge_core.export.sglang import load_target_config, main, reload_error
 from specforge_core.export.verify import check_serving_folder
-from specforge_core.manifest import Eagle3Config
+from specforge_core.manifest_sections import Eagle3Config
 from specforge_core.stages import ExportSpec, ResolvedTarget
 
 KEPT_IDS = torch.arange(3, 243, 5)

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from flows import draft
-from specforge_core.artifacts import BuildArtifacts, GateFailure, Published, Rejected, Withheld
+from specforge_core.artifacts import BuildArtifacts
+from specforge_core.facts import GateFailure, Published, Rejected, Withheld
 from tests import made_build
 from tests.builds import entry_build
 

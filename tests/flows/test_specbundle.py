@@ -16,7 +16,8 @@ from prefect.states import State
 from flows import draft
 from flows.specbundle import specbundle
 from flows.summary import BuildSummary
-from specforge_core.artifacts import BuildArtifacts, GateFailure
+from specforge_core.artifacts import BuildArtifacts
+from specforge_core.facts import GateFailure
 from specforge_core.ledger import load_entry_record, record_stage
 from tasks.stage import EntryBuild, run_stage, stage_task
 from tests import made_build

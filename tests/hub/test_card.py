@@ -6,10 +6,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from specforge_core.artifacts import BenchmarkResult
 from specforge_core.benchmark.report import EntryReport, make_report
+from specforge_core.facts import BenchmarkResult
 from specforge_core.hub.card import launch_line, model_card
-from specforge_core.manifest import Eagle3Config, PublishConfig, ServingConfig, TargetConfig
+from specforge_core.manifest_sections import Eagle3Config, PublishConfig, ServingConfig, TargetConfig
 from specforge_core.stages import ResolvedTarget
 from tests import made_build
 from tests.made_build import REVISION, measurement, result

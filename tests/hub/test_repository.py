@@ -11,7 +11,7 @@ import pytest
 
 from specforge_core.benchmark.report import Lineage, make_report
 from specforge_core.hub.repository import publish_directory, repository_files
-from specforge_core.manifest import TargetConfig
+from specforge_core.manifest_sections import TargetConfig
 from specforge_core.stages import ResolvedTarget
 from tests import made_build
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specforge_core.artifacts import Environment
+from specforge_core.facts import Environment
 from specforge_core.kernels import bench
 from specforge_core.kernels.bench import Ceilings, KernelReport, Row, Timing, markdown, write_report
 from specforge_core.kernels.cases import Case, Numbers, as_tuple

@@ -13,7 +13,7 @@ from specforge_core.drafts.base import DraftBatch, DraftLoss, TargetHead
 from specforge_core.drafts.eagle3 import Eagle3Draft
 from specforge_core.drafts.eagle3_reference import reference_loss
 from specforge_core.drafts.rows import index_rows
-from specforge_core.manifest import Eagle3Config
+from specforge_core.manifest_sections import Eagle3Config
 from tests.drafts.synthetic import as_dtype
 
 

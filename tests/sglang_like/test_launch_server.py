@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from specforge_core.benchmark.server import Launch, running_servers, server_info
 from specforge_core.benchmark.server_flags import Options, draft_options
 from specforge_core.drafts.eagle3 import Eagle3Draft
-from specforge_core.manifest import Eagle3Config, ServingConfig
+from specforge_core.manifest_sections import Eagle3Config, ServingConfig
 from specforge_core.stages import ResolvedTarget
 from specforge_core.targets.hf import HFTarget
 from tests.sglang_like import MODULE, Behaviour

@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from specforge_core.artifacts import Conversations, load_artifact, seal
+from specforge_core.artifacts import load_artifact, seal
 from specforge_core.data.conversations import Conversation, write_conversations
 from specforge_core.data.shards import Shard, damaged_shards, load_index, load_target_config, load_target_head
-from specforge_core.manifest import FeaturesConfig
+from specforge_core.facts import Conversations
+from specforge_core.manifest_sections import FeaturesConfig
 from specforge_core.stages import CaptureSpec, ResolvedTarget
 from specforge_core.targets import capture
 

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from specforge_core.artifacts import METRICS_NAME, PROGRESS_DIRECTORY, Record, seal
+from specforge_core.artifacts import METRICS_NAME, PROGRESS_DIRECTORY, seal
+from specforge_core.facts import Record
 from specforge_core.stages import EXECUTION, USER_ERROR_STATUS, StageSpec
 
 

@@ -2,8 +2,8 @@
 
 import math
 
-from specforge_core.artifacts import GateFailure, Lossless, Measurement
-from specforge_core.manifest import GatesConfig, ServingConfig
+from specforge_core.facts import GateFailure, Lossless, Measurement
+from specforge_core.manifest_sections import GatesConfig, ServingConfig
 from tasks.gates import check_gates
 from tests.made_build import measurement, result, vocabulary
 

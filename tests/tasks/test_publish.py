@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from specforge_core.artifacts import BuildArtifacts
-from specforge_core.manifest import ManifestEntry, PublishConfig
+from specforge_core.manifest import ManifestEntry
+from specforge_core.manifest_sections import PublishConfig
 from specforge_core.plan import Recipe
 from specforge_core.stages import ResolvedBenchmark, ResolvedData, ResolvedSource, ResolvedSuite
 from tasks.publish import publish

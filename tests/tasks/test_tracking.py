@@ -9,8 +9,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from specforge_core.artifacts import Conversations, seal
-from specforge_core.manifest import ServingConfig
+from specforge_core.artifacts import seal
+from specforge_core.facts import Conversations
+from specforge_core.manifest_sections import ServingConfig
 from tasks import tracking
 from tasks.tracking import TrackedRun, comparison_url, result_metrics, start_run, tracking_uri
 from tests import made_build

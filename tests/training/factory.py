@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from specforge_core.artifacts import HiddenStates, Vocabulary, seal
+from specforge_core.artifacts import seal
 from specforge_core.data.shards import Document, FeatureIndex, FeatureWriter, plan_shards, save_target
 from specforge_core.data.vocab import VOCABULARY_NAME
 from specforge_core.drafts.base import DraftBatch, TargetHead
 from specforge_core.drafts.eagle3 import Eagle3Draft
-from specforge_core.manifest import Eagle3Config, TrainingConfig
+from specforge_core.facts import HiddenStates, Vocabulary
+from specforge_core.manifest_sections import Eagle3Config, TrainingConfig
 from specforge_core.stages import ResolvedTarget, TrainSpec
 from specforge_core.targets import TargetFeatures
 from tests.drafts.synthetic import KEPT, TARGET_CONFIG, VOCAB_SIZE, WIDTH, make_head

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from specforge_core.manifest import TrainingConfig
+from specforge_core.manifest_sections import TrainingConfig
 from specforge_core.training.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
 from specforge_core.training.optim import build_optimizers
 from tests.drafts.synthetic import make_document, make_draft, pack

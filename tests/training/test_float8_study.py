@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from specforge_core.artifacts import Conversations, Environment
-from specforge_core.manifest import Eagle3Config, TrainingConfig
+from specforge_core.facts import Conversations, Environment
+from specforge_core.manifest_sections import Eagle3Config, TrainingConfig
 from specforge_core.training.bench.float8_results import (
     Float8Study,
     Outcome,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from specforge_core.manifest import TrainingConfig
+from specforge_core.manifest_sections import TrainingConfig
 from specforge_core.training.optim import build_optimizers, learning_rate_factor, set_learning_rate, take_step
 from tests.drafts.synthetic import make_draft
 

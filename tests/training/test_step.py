@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from specforge_core.data.loader import StoredBatch
 from specforge_core.drafts.base import DraftBatch, DraftModel
-from specforge_core.manifest import TrainingConfig
+from specforge_core.manifest_sections import TrainingConfig
 from specforge_core.training.metrics import Meter
 from specforge_core.training.optim import build_optimizers
 from specforge_core.training.prefetch import device_batches

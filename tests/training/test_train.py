@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from specforge_core.artifacts import DraftCheckpoint, load_artifact
+from specforge_core.artifacts import load_artifact
 from specforge_core.data.loader import FeatureSet
 from specforge_core.drafts.eagle3 import Eagle3Draft
+from specforge_core.facts import DraftCheckpoint
 from specforge_core.stages import TrainSpec
 from specforge_core.training.train import DRAFT_CONFIG_NAME, DRAFT_NAME, main, plan_training
 from tests.drafts.synthetic import make_head

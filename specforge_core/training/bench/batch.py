@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from specforge_core.drafts.base import DraftBatch, TargetHead
 from specforge_core.drafts.eagle3 import NUM_AUX_LAYERS, Eagle3Draft
 from specforge_core.drafts.rows import is_teaching
-from specforge_core.manifest import Eagle3Config
+from specforge_core.manifest_sections import Eagle3Config
 from specforge_core.training.bench.lengths import Conversation
 from specforge_core.training.bench.shapes import Shape
 from specforge_core.training.workers import compute_dtype

@@ -12,7 +12,7 @@ import torch
 from specforge_core.data.loader import FeatureSet, plan_steps
 from specforge_core.data.shards import Document, FeatureIndex, FeatureWriter, load_index
 from specforge_core.drafts.eagle3 import Eagle3Draft
-from specforge_core.manifest import TrainingConfig
+from specforge_core.manifest_sections import TrainingConfig
 from specforge_core.targets import TargetFeatures
 from specforge_core.training.bench.batch import CAPTURE_LAYERS, make_batch
 from specforge_core.training.bench.lengths import Conversation

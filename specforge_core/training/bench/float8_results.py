@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 
-from specforge_core.artifacts import Conversations, Environment, Record, write_atomically
+from specforge_core.artifacts import write_atomically
 from specforge_core.benchmark.report import markdown_table
-from specforge_core.manifest import DraftConfig, FeatureDtype, TrainingConfig
+from specforge_core.facts import Conversations, Environment, Record
+from specforge_core.manifest_sections import DraftConfig, FeatureDtype, TrainingConfig
 
 NAME = "float8"
 MIB = 2**20

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from specforge_core.artifacts import Artifact, Conversations, Store, seal, write_atomically
+from specforge_core.artifacts import Artifact, Store, seal, write_atomically
 from specforge_core.data import regenerate, vocab
 from specforge_core.data.loader import FeatureSet
 from specforge_core.data.shards import load_index
@@ -29,7 +29,9 @@ from specforge_core.demo.target_data import build_corpus, load_tokenizer
 from specforge_core.demo.train_target import Plan, Size, new_model
 from specforge_core.demo.train_target import train as train_target
 from specforge_core.environment import environment
-from specforge_core.manifest import FeatureDtype, Manifest, ManifestEntry, TargetConfig
+from specforge_core.facts import Conversations
+from specforge_core.manifest import Manifest, ManifestEntry
+from specforge_core.manifest_sections import FeatureDtype, TargetConfig
 from specforge_core.resolve import resolve_data, resolve_target
 from specforge_core.stages import CaptureSpec, RegenerateSpec, ResolvedTarget, StageSpec, TrainSpec, VocabularySpec
 from specforge_core.targets import capture

@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import TypeAdapter
 
-from specforge_core.artifacts import Record
 from specforge_core.data.loader import plan_epoch
+from specforge_core.facts import Record
 
 LENGTHS_NAME = "lengths.json.gz"
 Lengths = Literal["uniform", "real"]

@@ -7,8 +7,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from specforge_core.artifacts import Environment, Record, write_atomically
+from specforge_core.artifacts import write_atomically
 from specforge_core.benchmark.report import markdown_table
+from specforge_core.facts import Environment, Record
 
 GIB = 2**30
 TERA = 1e12

@@ -8,7 +8,7 @@ import torch
 from torch.profiler import record_function
 
 from specforge_core.drafts.base import DraftBatch
-from specforge_core.manifest import TrainingConfig
+from specforge_core.manifest_sections import TrainingConfig
 from specforge_core.training.bench.batch import make_batch, make_draft
 from specforge_core.training.bench.disk import measure_from_disk
 from specforge_core.training.bench.lengths import Lengths, draw_conversations, make_workload
