@@ -41,7 +41,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -63,6 +63,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch
 """Not float16: the head rows of added tokens are beyond its range."""
 LOGIT_MARGIN_NATS = 40.0
 """How far every added token's logit is below every real one's."""
+NUM_THREADS = 8
 NOISE_STD = 0.02
 """The usual standard deviation of fresh Llama weights."""
 
@@ -184,7 +185,10 @@ LAYER_WEIGHTS = (
 
 
 class Inflation:
-    """The tensors of the wide model, made one group at a time; only the small model is held, in float64."""
+    """The tensors of the wide model, made one group at a time; only the small model is held, in float64.
+
+    Groups may be made by several threads at once: each has noise of its own seed.
+    """
 
     def __init__(self, shape: Shape, *, dtype: torch.dtype, source: Path = DEMO_TARGET) -> None:
         """Raises: ValueError for a shape that cannot hold the small model, naming the way out."""
@@ -213,7 +217,6 @@ class Inflation:
         self.weights = {name: weight.double() for name, weight in load_file(source / "model.safetensors").items()}
         if self.small_config.tie_word_embeddings:
             self.weights["lm_head.weight"] = self.weights["model.embed_tokens.weight"]
-        self.generator = torch.Generator().manual_seed(0)
         self.norm_scale = math.sqrt(self.small.hidden_size / shape.hidden_size)
         epsilon_sum = self.small_config.rms_norm_eps * self.small.hidden_size
         # A power of two is exact in every dtype, and half of epsilon is left for a residual of zeros.
@@ -225,23 +228,31 @@ class Inflation:
         changed = {"rms_norm_eps": self.rms_norm_eps, "tie_word_embeddings": False, "dtype": self.dtype}
         return LlamaConfig.from_dict(self.small_config.to_dict() | self.wide._asdict() | changed)
 
-    def groups(self) -> Iterator[dict[str, Tensor]]:
-        """All tensors by name: the embedding, one group for each layer, then the final norm with the head."""
-        yield {"model.embed_tokens.weight": self._embedding()}
-        small_of = {wide: small for small, wide in enumerate(self.layers)}
-        for index in range(self.wide.num_hidden_layers):
-            layer = self._layer(small_of.get(index))
-            yield {f"model.layers.{index}.{name}.weight": weight for name, weight in layer.items()}
+    @property
+    def num_groups(self) -> int:
+        """The embedding, one for each layer, and the final norm with the head."""
+        return self.wide.num_hidden_layers + 2
+
+    def group(self, number: int) -> dict[str, Tensor]:
+        """The tensors of one group, by name."""
+        generator = torch.Generator().manual_seed(number)
+        if number == 0:
+            return {"model.embed_tokens.weight": self._embedding()}
+        if number <= self.wide.num_hidden_layers:
+            index = number - 1
+            small_index = self.layers.index(index) if index in self.layers else None
+            layer = self._layer(small_index, generator)
+            return {f"model.layers.{index}.{name}.weight": weight for name, weight in layer.items()}
         final_norm = self._norm(self.weights["model.norm.weight"])
         if self.constant:
             final_norm[self.small.hidden_size] = self.norm_scale
-        yield {"model.norm.weight": final_norm, "lm_head.weight": self._head()}
+        return {"model.norm.weight": final_norm, "lm_head.weight": self._head(generator)}
 
     def _zeros(self, *sizes: int) -> Tensor:
         return torch.zeros(sizes, dtype=self.dtype)
 
-    def _noise(self, *sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=self.dtype).normal_(std=NOISE_STD, generator=self.generator)
+    def _noise(self, generator: torch.Generator, *sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=self.dtype).normal_(std=NOISE_STD, generator=generator)
 
     def _norm(self, weight_D: Tensor) -> Tensor:
         padded = self._zeros(self.wide.hidden_size)
@@ -255,10 +266,10 @@ class Inflation:
         wide[:, width : width + 1] = self.constant
         return wide
 
-    def _head(self) -> Tensor:
+    def _head(self, generator: torch.Generator) -> Tensor:
         num_real, width = self.small.vocab_size, self.small.hidden_size
         small_VD = self.weights["lm_head.weight"]
-        wide = self._noise(self.wide.vocab_size, self.wide.hidden_size)
+        wide = self._noise(generator, self.wide.vocab_size, self.wide.hidden_size)
         wide[:num_real, :width] = small_VD.to(self.dtype)
         if self.constant:
             wide[num_real:, :width] = 0
@@ -269,20 +280,20 @@ class Inflation:
             wide[num_real:, width] = -(2.0 ** math.ceil(math.log2(magnitude)))
         return wide
 
-    def _layer(self, small_index: int | None) -> dict[str, Tensor]:
+    def _layer(self, small_index: int | None, generator: torch.Generator) -> dict[str, Tensor]:
         """One decoder layer by the names of LAYER_WEIGHTS: small layer `small_index`, or one that changes nothing."""
         wide, width = self.wide, self.small.hidden_size
         num_query_rows = wide.num_attention_heads * wide.head_dim
         num_kv_rows = wide.num_key_value_heads * wide.head_dim
         layer = {
             "input_layernorm": self._norm(torch.ones(width)),
-            "self_attn.q_proj": self._noise(num_query_rows, wide.hidden_size),
-            "self_attn.k_proj": self._noise(num_kv_rows, wide.hidden_size),
-            "self_attn.v_proj": self._noise(num_kv_rows, wide.hidden_size),
+            "self_attn.q_proj": self._noise(generator, num_query_rows, wide.hidden_size),
+            "self_attn.k_proj": self._noise(generator, num_kv_rows, wide.hidden_size),
+            "self_attn.v_proj": self._noise(generator, num_kv_rows, wide.hidden_size),
             "self_attn.o_proj": self._zeros(wide.hidden_size, num_query_rows),
             "post_attention_layernorm": self._norm(torch.ones(width)),
-            "mlp.gate_proj": self._noise(wide.intermediate_size, wide.hidden_size),
-            "mlp.up_proj": self._noise(wide.intermediate_size, wide.hidden_size),
+            "mlp.gate_proj": self._noise(generator, wide.intermediate_size, wide.hidden_size),
+            "mlp.up_proj": self._noise(generator, wide.intermediate_size, wide.hidden_size),
             "mlp.down_proj": self._zeros(wide.hidden_size, wide.intermediate_size),
         }
         if small_index is None:
@@ -319,7 +330,7 @@ def _require_plain_llama(config: LlamaConfig) -> None:
 
 
 def inflate(shape: Shape, out: Path, *, dtype: torch.dtype, source: Path = DEMO_TARGET) -> Inflation:
-    """What was written to `out`: a Hugging Face checkpoint, one shard for each layer, so one layer is in memory.
+    """What was written to `out`: a Hugging Face checkpoint, one shard for each layer; NUM_THREADS layers are in memory.
 
     `out` appears when it is whole.
     Raises: ValueError for a shape that cannot hold the small model; FileExistsError if `out` exists.
@@ -331,14 +342,22 @@ def inflate(shape: Shape, out: Path, *, dtype: torch.dtype, source: Path = DEMO_
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    num_shards = shape.num_hidden_layers + 2
+    num_shards = inflation.num_groups
     shard_of: dict[str, str] = {}
     size_bytes = 0
-    for number, group in enumerate(progress(inflation.groups(), desc="write", total=num_shards, unit="shard"), start=1):
-        shard = f"model-{number:05d}-of-{num_shards:05d}.safetensors"
-        save_file(group, partial / shard, metadata={"format": "pt"})
-        shard_of |= dict.fromkeys(group, shard)
-        size_bytes += sum(weight.nbytes for weight in group.values())
+
+    def write(number: int) -> dict[str, int]:
+        """Bytes by tensor name."""
+        group = inflation.group(number)
+        save_file(group, partial / _shard_name(number, num_shards), metadata={"format": "pt"})
+        return {name: weight.nbytes for name, weight in group.items()}
+
+    # Drawing the noise takes most of the time, and a thread each.
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        written = pool.map(write, range(num_shards))
+        for number, sizes in enumerate(progress(written, desc="write", total=num_shards, unit="shard")):
+            shard_of |= dict.fromkeys(sizes, _shard_name(number, num_shards))
+            size_bytes += sum(sizes.values())
     index = {"metadata": {"total_size": size_bytes}, "weight_map": shard_of}
     (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     inflation.config().save_pretrained(partial)
@@ -348,6 +367,10 @@ def inflate(shape: Shape, out: Path, *, dtype: torch.dtype, source: Path = DEMO_
     partial.rename(out)
     logger.info("wrote %s: %d shards, %.2f GiB", out, num_shards, size_bytes / 2**30)
     return inflation
+
+
+def _shard_name(number: int, num_shards: int) -> str:
+    return f"model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
 
 
 def _card(inflation: Inflation, *, num_parameters: int) -> str:
