@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from specforge_core.manifest import ManifestEntry
-from specforge_core.manifest_sections import ResourcesConfig, TrainingConfig
+from specforge_core.manifest_sections import EngineConfig, ResourcesConfig, TrainingConfig
 from specforge_core.plan import Recipe
 from specforge_core.stages import ResolvedBenchmark, ResolvedData
 from tasks.stage import EntryBuild
@@ -39,6 +39,7 @@ def entry_build(
 ) -> EntryBuild:
     """A build of the made-up entry, without tracking unless it is given."""
     entry = made_build.entry(
+        engine=EngineConfig(name="transformers"),
         resources=ResourcesConfig(num_gpus=num_gpus),
         training=TrainingConfig(tokens_per_batch=8192 * max(1, num_gpus)),
         **changes,

@@ -23,6 +23,7 @@ def tiny_entry(name: str = "tiny") -> dict[str, Any]:
     return {
         "name": name,
         "target": {"model": "target", "dtype": "float32"},
+        "engine": {"name": "transformers"},
         "draft": {"num_steps": 3, "draft_vocab_size": 64},
         "data": {"sources": [{"dataset": "train.jsonl"}], "max_prompt_tokens": 64, "max_new_tokens": 24},
         "training": {

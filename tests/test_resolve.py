@@ -235,7 +235,7 @@ defaults:
 entries:
   - name: one
     target:
-      dtype: float32
+      dtype: float16
       model:   org/model
 
   - name: two
@@ -269,7 +269,7 @@ defaults:
 entries:
   - name: one
     target:
-      dtype: float32
+      dtype: float16
       model:   org/model
       revision: "{MODEL_COMMIT}"
 

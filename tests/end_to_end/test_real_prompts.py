@@ -19,6 +19,7 @@ from specforge_core.manifest_sections import (
     BenchmarkConfig,
     DataConfig,
     Eagle3Config,
+    EngineConfig,
     GatesConfig,
     PromptSource,
     ResourcesConfig,
@@ -67,6 +68,7 @@ def recipe(tiny_target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> R
             suites=(SuiteConfig(name="gsm8k", source=test, max_new_tokens=MAX_NEW_TOKENS),), repeats=2
         ),
         gates=GatesConfig(min_speedup=0.0),
+        engine=EngineConfig(name="transformers"),
         resources=ResourcesConfig(num_gpus=0),
     )
     return make_recipe(entry, base_dir=REPO_ROOT, store=tmp_path_factory.mktemp("store"), gpus=())
