@@ -85,12 +85,16 @@ class ManifestEntry(Config):
     def _engine_can_run(self) -> "ManifestEntry":
         engine, num_gpus = self.engine, self.resources.num_gpus
         if engine.name == "transformers":
-            if any(serving.topk > 1 for serving in self.benchmark.serving):
-                raise cross_field_error(
-                    ("benchmark", "serving"), "a tree (topk above 1) needs engine.name: sglang; set topk to 1"
-                )
+            for i, serving in enumerate(self.benchmark.serving):
+                if serving.topk > 1:
+                    raise cross_field_error(
+                        ("benchmark", "serving", i, "topk"),
+                        f"{serving.topk} makes trees, which need engine.name: sglang; set it to 1",
+                    )
             if self.benchmark.sweep:
-                raise cross_field_error(("benchmark", "sweep"), "needs engine.name: sglang; remove it")
+                raise cross_field_error(
+                    ("benchmark", "sweep"), "needs engine.name: sglang; set it to null to do without"
+                )
             return self
         if num_gpus == 0:
             raise cross_field_error(
@@ -99,10 +103,14 @@ class ManifestEntry(Config):
         if num_gpus % engine.tensor_parallel:
             raise cross_field_error(
                 ("engine", "tensor_parallel"),
-                f"{engine.tensor_parallel} does not divide resources.num_gpus={num_gpus}, so GPUs would stay idle",
+                f"{engine.tensor_parallel} does not divide resources.num_gpus={num_gpus}, so GPUs would stay idle; "
+                "choose a divisor of it",
             )
         if self.target.dtype == "float32":
-            raise cross_field_error(("target", "dtype"), "SGLang serves no float32 target; set bfloat16")
+            raise cross_field_error(
+                ("target", "dtype"),
+                "SGLang serves no float32 target; set bfloat16, or engine.name: transformers",
+            )
         widest = max(serving.concurrency for serving in self.benchmark.serving)
         if self.benchmark.sweep:
             widest = max(widest, *self.benchmark.sweep.concurrencies)

@@ -267,10 +267,23 @@ class ServingConfig(Config):
         return f"{self.num_steps}-{self.topk}-{self.num_draft_tokens}"
 
 
+def _check_chain(chain: tuple[int, int, int]) -> tuple[int, int, int]:
+    num_steps, topk, num_draft_tokens = chain
+    ServingConfig(num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens)
+    return chain
+
+
 class SweepConfig(Config):
     """Which drafting is best at which load: every chain at every concurrency, on the prompts of all suites together."""
 
-    chains: tuple[tuple[int, int, int], ...] = ((1, 1, 2), (2, 1, 3), (3, 1, 4), (5, 1, 6), (7, 1, 8), (5, 4, 16))
+    chains: tuple[Annotated[tuple[int, int, int], AfterValidator(_check_chain)], ...] = (
+        (1, 1, 2),
+        (2, 1, 3),
+        (3, 1, 4),
+        (5, 1, 6),
+        (7, 1, 8),
+        (5, 4, 16),
+    )
     """(num_steps, topk, num_draft_tokens) each; one start of a server per chain."""
     concurrencies: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 32, 64)
     max_new_tokens: PositiveInt = 256
@@ -278,13 +291,11 @@ class SweepConfig(Config):
     """A point at concurrency c answers c times as many requests; prompts are taken again where they run out."""
 
     @model_validator(mode="after")
-    def _points_are_possible(self) -> "SweepConfig":
+    def _has_points(self) -> "SweepConfig":
         if not self.chains or not self.concurrencies:
             raise cross_field_error(
                 ("chains",), "a sweep needs a chain and a concurrency; remove `sweep` to do without"
             )
-        for num_steps, topk, num_draft_tokens in self.chains:
-            ServingConfig(num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens)
         return self
 
 

@@ -197,6 +197,73 @@ def test_scalars_are_read_as_yaml_1_2_reads_them(tmp_path: Path) -> None:
             18,
             "benchmark.serving[0].num_steps: 5 is more than 4, 2 times the draft.num_steps=2 that training unrolls",
         ),
+        (
+            "    engine:\n      name: sglang\n    resources: {num_gpus: 0}",
+            18,
+            "engine.name: sglang needs a GPU, resources.num_gpus is 0; set `transformers` or raise num_gpus",
+        ),
+        (
+            "    engine:\n      tensor_parallel: 2\n    resources: {num_gpus: 3}\n"
+            "    training: {tokens_per_batch: 24576}",
+            18,
+            "engine.tensor_parallel: 2 does not divide resources.num_gpus=3, so GPUs would stay idle; "
+            "choose a divisor of it",
+        ),
+        (
+            "    engine: {tensor_parallel: 65}",
+            17,
+            "engine.tensor_parallel: should be less than or equal to 64, got 65",
+        ),
+        (
+            "    engine: {mem_fraction_static: 1.0}",
+            17,
+            "engine.mem_fraction_static: should be less than 1, got 1.0",
+        ),
+        ("    engine: {name: vllm}", 17, "engine.name: should be 'sglang' or 'transformers', got \"vllm\""),
+        (
+            "      dtype: float32",
+            17,
+            "target.dtype: SGLang serves no float32 target; set bfloat16, or engine.name: transformers",
+        ),
+        (
+            "    engine:\n      max_running_requests: 7\n    benchmark: {serving: [{}, {concurrency: 8}]}",
+            18,
+            "engine.max_running_requests: 7 is less than 8, the highest concurrency of benchmark; raise it",
+        ),
+        (
+            "    engine:\n      max_running_requests: 63\n    benchmark: {sweep: {}}",
+            18,
+            "engine.max_running_requests: 63 is less than 64, the highest concurrency of benchmark; raise it",
+        ),
+        (
+            "    engine: {name: transformers}\n    benchmark:\n      serving:\n        - {}\n"
+            "        - {num_steps: 3, topk: 4, num_draft_tokens: 8}",
+            21,
+            "benchmark.serving[1].topk: 4 makes trees, which need engine.name: sglang; set it to 1",
+        ),
+        (
+            "    engine: {name: transformers}\n    benchmark:\n      sweep: {}",
+            19,
+            "benchmark.sweep: needs engine.name: sglang; set it to null to do without",
+        ),
+        (
+            # One step of a tree drafts topk tokens: 1 + 4 with the pending one, and 16 more with each further step.
+            "    benchmark:\n      serving:\n        - {num_steps: 2, topk: 4, num_draft_tokens: 22}",
+            19,
+            "benchmark.serving[0].num_draft_tokens: 22 is more than 21, all tokens of a tree of num_steps=2 with "
+            "topk=4 and the pending one; lower it",
+        ),
+        (
+            "    benchmark:\n      sweep:\n        chains: [[3, 1, 4], [3, 1, 5]]",
+            19,
+            "benchmark.sweep.chains[1].num_draft_tokens: 5 does not fit num_steps=3: a chain verifies num_steps "
+            "+ 1 = 4",
+        ),
+        (
+            "    benchmark:\n      sweep:\n        chains: []",
+            19,
+            "benchmark.sweep.chains: a sweep needs a chain and a concurrency; remove `sweep` to do without",
+        ),
         ("    publish: {repository: ../..}", 17, 'publish.repository: "../.." should be a Hub id'),
         ("    gates: {}\n    gates: {}", 18, "gates: is there already, on line 17; keep one"),
         ("    gates: {min_speedup: !x 1}", 17, "gates.min_speedup: the tag !x is not allowed here"),
