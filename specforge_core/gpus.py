@@ -6,6 +6,7 @@ Torch-free: a CUDA context in the process that only hands out GPUs would take me
 import contextlib
 import fcntl
 import logging
+import os
 import platform
 import shutil
 import subprocess
@@ -67,6 +68,12 @@ def list_gpus(visible: str | None) -> tuple[Gpu, ...]:
             break
         gpus.append(Gpu(id.strip(), names[id.strip()]))
     return tuple(gpus)
+
+
+def visible_devices() -> tuple[str, ...]:
+    """Ids of the GPUs that this process may use: those of its lease, or all where nobody leased any."""
+    # The environment is read here because that is where a lease is written, for every library below as well.
+    return tuple(gpu.id for gpu in list_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")))
 
 
 def cpu_name() -> str:
