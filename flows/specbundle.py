@@ -13,6 +13,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.draft import build_draft
 from flows.summary import BuildSummary, EntryRow, row_of_error, row_of_outcome, show_summary
+from specforge_core.engine import sglang_version
 from specforge_core.facts import Record
 from specforge_core.gpus import Gpu, list_gpus
 from specforge_core.ledger import record_outcome
@@ -98,7 +99,13 @@ def build_entry(entry: ManifestEntry, settings: BuildSettings) -> EntryRow:
     if reason := missing_gpus(entry, len(settings.gpus)):
         raise ValueError(f"{reason}; build it on a host that has them, or choose others with --only")
     started_at = time.monotonic()
-    recipe = make_recipe(entry, base_dir=settings.base_dir, store=settings.store, gpus=settings.gpus)
+    recipe = make_recipe(
+        entry, base_dir=settings.base_dir, store=settings.store, gpus=settings.gpus, environ=os.environ
+    )
+    if recipe.engine.name == "sglang":
+        # Asked before the first stage, so that nobody waits for hours to hear of it from the last one.
+        version = sglang_version(recipe.engine.python)
+        run_logger().info("SGLang %s at %s", version, recipe.engine.python)
     run = tracking.start_run(
         tracking.ENTRIES,
         entry.name,

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from specforge_core.artifacts import SPEC_NAME, Store
 from specforge_core.benchmark.headline import headline
+from specforge_core.engine import sglang_python, sglang_version
 from specforge_core.facts import Published, Rejected, Withheld
 from specforge_core.gpus import list_gpus
 from specforge_core.ledger import EntryRecord, last_artifact, load_entry_record
@@ -137,12 +138,14 @@ def build(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     """Print each stage's state; an entry whose target or data cannot be pinned says so and does not hide the others."""
     manifest, store, gpus = Manifest.load(args.manifest), _store(args), _gpus()
-    status = 0
-    for entry in named_entries(manifest, args.only) if args.only else manifest.entries:
+    entries, status = named_entries(manifest, args.only) if args.only else manifest.entries, 0
+    if any(entry.engine.name == "sglang" for entry in entries):
+        _print(_sglang_line())
+    for entry in entries:
         _print(_plan_title(entry, len(gpus)))
         table = Table(show_header=False)
         try:
-            recipe = make_recipe(entry, base_dir=manifest.base_dir, store=store.root, gpus=gpus)
+            recipe = make_recipe(entry, base_dir=manifest.base_dir, store=store.root, gpus=gpus, environ=os.environ)
             stages = plan_entry(recipe, store)
         except (ValueError, ConnectionError) as error:
             table.add_row(Text("unknown", style="red"), Text(str(error)))
@@ -154,6 +157,14 @@ def plan(args: argparse.Namespace) -> int:
             table.add_row(stage, Text(state, style=PLAN_STYLES[state]), Text(reason))
         _console().print(table)
     return status
+
+
+def _sglang_line() -> str:
+    python = sglang_python(os.environ)
+    try:
+        return f"SGLang: {sglang_version(python)} at {python}"
+    except ValueError as error:
+        return f"SGLang: {error}"
 
 
 def _plan_title(entry: ManifestEntry, num_gpus: int) -> str:

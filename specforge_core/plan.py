@@ -1,13 +1,14 @@
 """The stages of one entry: what each reads, which of them are done, and why the others are not. Torch-free."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
 from specforge_core.artifacts import RECORD_NAME, SPEC_NAME, Artifact, Store
+from specforge_core.engine import engine_on_host
 from specforge_core.facts import Conversations, DraftCheckpoint, HiddenStates, ServingDraft, Vocabulary
 from specforge_core.gpus import Gpu, cpu_name
 from specforge_core.ledger import load_entry_record
@@ -23,8 +24,10 @@ from specforge_core.stages import (
     ResolvedBenchmark,
     ResolvedData,
     ResolvedTarget,
+    ServedEngine,
     StageSpec,
     TrainSpec,
+    UnmeasuredEngine,
     VocabularySpec,
     key_fields,
 )
@@ -34,6 +37,8 @@ class Recipe(Config):
     """An entry whose target and data are pinned: with the artifacts upstream, all that a stage's spec is made from."""
 
     entry: ManifestEntry
+    engine: ServedEngine
+    """The entry's, with what this host adds."""
     target: ResolvedTarget
     data: ResolvedData
     benchmark: ResolvedBenchmark
@@ -46,15 +51,19 @@ class Recipe(Config):
         return "cuda" if self.entry.resources.num_gpus else "cpu"
 
 
-def make_recipe(entry: ManifestEntry, *, base_dir: Path, store: Path, gpus: Sequence[Gpu]) -> Recipe:
+def make_recipe(
+    entry: ManifestEntry, *, base_dir: Path, store: Path, gpus: Sequence[Gpu], environ: Mapping[str, str]
+) -> Recipe:
     """The recipe of an entry on this host.
 
-    Args: base_dir: folder that the manifest's relative paths start from; gpus: those of this host.
+    Args: base_dir: folder that the manifest's relative paths start from; gpus: those of this host; environ: the
+    environment, for where SGLang is.
     Raises: ValueError for a target or data that do not exist, ConnectionError for a branch on a Hub out of reach.
     """
     num_gpus = entry.resources.num_gpus
     return Recipe(
         entry=entry,
+        engine=engine_on_host(entry.engine, environ),
         target=resolve_target(entry.target, base_dir, hash_cache=store / "digests"),
         data=resolve_data(entry.data, base_dir),
         benchmark=resolve_benchmark(entry.benchmark, base_dir),
@@ -63,8 +72,11 @@ def make_recipe(entry: ManifestEntry, *, base_dir: Path, store: Path, gpus: Sequ
 
 
 def regenerate_spec(recipe: Recipe) -> RegenerateSpec:
-    """Prompts answered by the target."""
-    return RegenerateSpec(target=recipe.target, data=recipe.data, device=recipe.device)
+    """Prompts answered by the target: the one stage that takes servers which run already."""
+    engine = UnmeasuredEngine(**dict(recipe.engine))
+    # Those servers have their GPUs already.
+    device = "cpu" if engine.name == "sglang" and engine.urls else recipe.device
+    return RegenerateSpec(target=recipe.target, engine=engine, data=recipe.data, device=device)
 
 
 def vocabulary_spec(recipe: Recipe, conversations: Artifact[Conversations]) -> VocabularySpec:
@@ -77,10 +89,11 @@ def vocabulary_spec(recipe: Recipe, conversations: Artifact[Conversations]) -> V
 
 
 def capture_spec(recipe: Recipe, conversations: Artifact[Conversations]) -> CaptureSpec:
-    """The target's hidden states on those conversations."""
+    """The target's hidden states on those conversations, from servers that load the hook and share a folder."""
     entry = recipe.entry
     return CaptureSpec(
         target=recipe.target,
+        engine=UnmeasuredEngine(**{**dict(recipe.engine), "urls": ()}),
         conversations=conversations.path,
         algorithm=entry.draft.algorithm,
         aux_layers=entry.draft.aux_layers,
@@ -111,9 +124,10 @@ def export_spec(recipe: Recipe, checkpoint: Artifact[DraftCheckpoint]) -> Export
 def benchmark_spec(
     recipe: Recipe, draft: Artifact[ServingDraft], conversations: Artifact[Conversations]
 ) -> BenchmarkSpec:
-    """Measurements of the served draft."""
+    """Measurements of the served draft, on servers whose arguments match."""
     return BenchmarkSpec(
         target=recipe.target,
+        engine=ServedEngine(**{**dict(recipe.engine), "urls": ()}),
         draft=draft.path,
         conversations=conversations.path,
         benchmark=recipe.benchmark,

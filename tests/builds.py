@@ -6,7 +6,7 @@ from typing import Any
 from specforge_core.manifest import ManifestEntry
 from specforge_core.manifest_sections import EngineConfig, ResourcesConfig, TrainingConfig
 from specforge_core.plan import Recipe
-from specforge_core.stages import ResolvedBenchmark, ResolvedData
+from specforge_core.stages import ResolvedBenchmark, ResolvedData, ServedEngine
 from tasks.stage import EntryBuild
 from tasks.tracking import TrackedRun
 from tests import made_build
@@ -21,6 +21,7 @@ def recipe_of(entry: ManifestEntry) -> Recipe:
     ]
     return Recipe(
         entry=entry,
+        engine=ServedEngine(**dict(entry.engine)),
         target=made_build.TARGET,
         data=ResolvedData(**{**dict(entry.data), "sources": sources}),
         benchmark=ResolvedBenchmark(**{**dict(entry.benchmark), "suites": suites}),

@@ -71,7 +71,7 @@ def recipe(tiny_target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> R
         engine=EngineConfig(name="transformers"),
         resources=ResourcesConfig(num_gpus=0),
     )
-    return make_recipe(entry, base_dir=REPO_ROOT, store=tmp_path_factory.mktemp("store"), gpus=())
+    return make_recipe(entry, base_dir=REPO_ROOT, store=tmp_path_factory.mktemp("store"), gpus=(), environ={})
 
 
 @pytest.fixture(scope="module")

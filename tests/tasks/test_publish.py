@@ -8,7 +8,7 @@ from specforge_core.artifacts import BuildArtifacts
 from specforge_core.manifest import ManifestEntry
 from specforge_core.manifest_sections import PublishConfig
 from specforge_core.plan import Recipe
-from specforge_core.stages import ResolvedBenchmark, ResolvedData, ResolvedSource, ResolvedSuite
+from specforge_core.stages import ResolvedBenchmark, ResolvedData, ResolvedSource, ResolvedSuite, ServedEngine
 from tasks.publish import publish
 from tasks.stage import EntryBuild
 from tasks.tracking import TrackedRun
@@ -24,6 +24,7 @@ def build_of(entry: ManifestEntry, store: Path) -> EntryBuild:
     )
     recipe = Recipe(
         entry=entry,
+        engine=ServedEngine(**dict(entry.engine)),
         target=made_build.TARGET,
         data=ResolvedData(sources=sources),
         benchmark=ResolvedBenchmark(suites=suites),
