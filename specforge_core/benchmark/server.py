@@ -42,7 +42,8 @@ SAY_EVERY_S = 15.0
 
 
 class ServerLost(RuntimeError):
-    """There is no server, and there will be none. The message has the log's last lines and its name."""
+    """There is no server, and there will be none. The message has the log's last lines and its name, the last line all
+    that fits into one."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,7 @@ class SupervisedServer:
                 return self._url
             # The log is whole only after the end of the process.
             self._running.close()
-            lines = "\n".join(self._process.last_lines)
-            lost = ServerLost(f"{self._name} is gone; its last lines:\n{lines}\nWhole log: {self._log}")
+            lost = self._lost(f"{self._name} is gone")
             while self._num_restarts < self._launch.max_restarts and not self._is_over:
                 self._num_restarts += 1
                 logger.warning("%s\nrestart %d of %d", lost, self._num_restarts, self._launch.max_restarts)
@@ -154,7 +154,9 @@ class SupervisedServer:
                     lost = error
                 else:
                     return self._url
-            raise ServerLost(f"{lost}\n{self._num_restarts} of {self._launch.max_restarts} restarts used") from lost
+            raise self._lost(
+                f"{self._name} is gone, {self._num_restarts} of {self._launch.max_restarts} restarts used"
+            ) from lost
 
     def record(self) -> ServerRecord:
         """What serves."""
@@ -183,9 +185,16 @@ class SupervisedServer:
                 self._process.wait_ready(self._probe(started_at), self._launch.startup_timeout_s)
                 self._version: str = server_info(self._url)["version"]
             except (ProcessError, OSError) as error:
-                raise ServerLost(f"{error}\nWhole log: {self._log}") from error
+                raise self._lost(str(error).splitlines()[0].removesuffix("; its last lines:")) from error
             self._running = running.pop_all()
         logger.info("%s is ready at %s after %.0f s", self._name, self._url, time.monotonic() - started_at)
+
+    def _lost(self, what: str) -> ServerLost:
+        """The error, its last line the one to show where there is room for one."""
+        lines = [line for line in self._process.last_lines if line.strip()] or ["it printed nothing"]
+        return ServerLost(
+            "\n".join([f"{what}; its last lines:", *lines, f"{what}: {lines[-1]} (its log: {self._log})"])
+        )
 
     def _probe(self, started_at: float) -> Callable[[], bool]:
         """Whether the server is ready; says now and then that it is not."""
