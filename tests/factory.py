@@ -51,6 +51,11 @@ def gpu_entry(name: str, num_gpus: int) -> dict[str, Any]:
     return entry | {"training": training, "resources": {"num_gpus": num_gpus}}
 
 
+def served_entry(name: str) -> dict[str, Any]:
+    """The tiny entry, for a host with a GPU and SGLang."""
+    return gpu_entry(name, 1) | {"target": {"model": "target"}, "engine": {"name": "sglang"}}
+
+
 def make_factory(directory: Path, *entries: dict[str, Any]) -> Path:
     """The manifest's path; without entries it holds the tiny one."""
     tiny.make_target(directory / "target")

@@ -17,7 +17,7 @@ from specforge_core.facts import GateFailure, Rejected
 from specforge_core.ledger import record_outcome
 from tests import made_build
 from tests.builds import recipe_of
-from tests.factory import gpu_entry, make_factory, tiny_entry
+from tests.factory import gpu_entry, make_factory, served_entry, tiny_entry
 from tests.test_plan import build_all
 
 
@@ -38,6 +38,26 @@ def test_plan_says_for_each_entry_what_a_build_would_do(factory: Path, capsys: p
     assert "big: eagle3 draft for target (big needs 2 GPUs, this host has 0)" in printed
     assert printed.count("never built") == 2
     assert not (factory / ".specbundle" / "entries").exists()
+
+
+def test_plan_says_once_where_sglang_is_or_that_it_is_not(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan"]) == 0
+    assert "SGLang" not in capsys.readouterr().out
+
+    make_factory(factory, served_entry("one"), served_entry("two"))
+    python = factory / "python"
+    python.write_text("#!/bin/sh\necho 0.5.14\n")
+    python.chmod(0o755)
+    os.environ["SPECBUNDLE_SGLANG_PYTHON"] = str(python)
+    assert cli.main(["plan"]) == 0
+    assert capsys.readouterr().out.count(f"SGLang: 0.5.14 at {python}\n") == 1
+
+    python.unlink()
+    assert cli.main(["plan"]) == 0
+    printed = capsys.readouterr().out
+    assert f"SGLang: {python} has no SGLang (" in printed
+    assert "set SPECBUNDLE_SGLANG_PYTHON to the interpreter of an environment that has it" in printed
+    assert printed.count("never built") == 2
 
 
 def test_plan_goes_on_after_an_entry_that_cannot_be_pinned(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from specforge_core import gpus
-from specforge_core.gpus import cpu_name, lease_devices, list_gpus
+from specforge_core.gpus import cpu_name, lease_devices, list_gpus, visible_devices
 
 DEVICES = ("0", "1", "2", "3")
 
@@ -133,6 +133,14 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_cuda_visible_devices_restricts_the_gpus(visible: str | None, ids: list[str]) -> None:
     assert [gpu.id for gpu in list_gpus(visible)] == ids
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_process_may_use_the_gpus_of_its_lease_and_all_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert visible_devices() == ("1",)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_devices() == ("0", "1")
 
 
 @pytest.mark.usefixtures("two_gpus")

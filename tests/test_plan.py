@@ -9,8 +9,18 @@ import pytest
 from specforge_core.artifacts import PROGRESS_DIRECTORY, SPEC_NAME, Artifact, Store, seal
 from specforge_core.facts import Published
 from specforge_core.ledger import last_artifact, load_entry_record, record_outcome, record_stage
-from specforge_core.manifest_sections import Eagle3Config, TrainingConfig
-from specforge_core.plan import STEPS, Recipe, StagePlan, plan_entry, plan_unbuilt
+from specforge_core.manifest_sections import Eagle3Config, EngineConfig, TrainingConfig
+from specforge_core.plan import (
+    STEPS,
+    Recipe,
+    StagePlan,
+    benchmark_spec,
+    capture_spec,
+    plan_entry,
+    plan_unbuilt,
+    regenerate_spec,
+)
+from specforge_core.stages import ServedEngine
 from tests import made_build
 from tests.builds import recipe_of
 
@@ -82,6 +92,42 @@ def test_a_learning_rate_concerns_training_and_what_follows_alone(store: Store) 
         "export": "waits",
         "benchmark": "waits",
     }
+
+
+@pytest.mark.usefixtures("built")
+def test_another_engine_concerns_whatever_ran_the_target(store: Store) -> None:
+    transformers = EngineConfig(name="transformers")
+    plans = by_stage(plan_entry(recipe_of(made_build.entry(engine=transformers)), store))
+    assert plans["regenerate"] == ("stale", "engine.name: sglang -> transformers")
+
+
+@pytest.mark.usefixtures("built")
+def test_the_size_of_servers_concerns_what_is_measured_on_them_alone(store: Store) -> None:
+    engine = EngineConfig(max_running_requests=128, mem_fraction_static=0.5)
+    plans = by_stage(plan_entry(recipe_of(made_build.entry(engine=engine)), store))
+    assert {stage for stage, (status, _) in plans.items() if status != "fresh"} == {"benchmark"}
+    assert plans["benchmark"] == (
+        "stale",
+        "engine.max_running_requests: 64 -> 128; engine.mem_fraction_static: 0.85 -> 0.5",
+    )
+
+
+def test_running_servers_serve_regenerate_alone_and_are_no_part_of_its_key(
+    store: Store, built: dict[str, Artifact[Any]]
+) -> None:
+    alone = recipe_of(made_build.entry())
+    attached = alone.model_copy(
+        update={"engine": ServedEngine(**{**dict(alone.engine), "urls": ("http://a:1",), "python": "/opt/python"})}
+    )
+    regenerate = regenerate_spec(attached)
+    assert (regenerate.engine.urls, regenerate.device) == (("http://a:1",), "cpu")
+    assert regenerate_spec(alone).device == "cuda"
+    assert {status for status, _ in by_stage(plan_entry(attached, store)).values()} == {"fresh"}
+    for spec in (
+        capture_spec(attached, built["regenerate"]),
+        benchmark_spec(attached, built["export"], built["regenerate"]),
+    ):
+        assert (spec.engine.urls, spec.engine.python, spec.device) == ((), "/opt/python", "cuda")
 
 
 @pytest.mark.usefixtures("built")

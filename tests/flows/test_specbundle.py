@@ -14,15 +14,17 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.states import State
 
 from flows import draft
+from flows import specbundle as flow_module
 from flows.specbundle import specbundle
 from flows.summary import BuildSummary
 from specforge_core.artifacts import BuildArtifacts
 from specforge_core.facts import GateFailure
+from specforge_core.gpus import Gpu
 from specforge_core.ledger import load_entry_record, record_stage
 from tasks.stage import EntryBuild, run_stage, stage_task
 from tests import made_build
 from tests.builds import entry_build
-from tests.factory import gpu_entry, make_factory, tiny_entry
+from tests.factory import gpu_entry, make_factory, served_entry, tiny_entry
 from tests.flows.test_draft import FakeStages
 from tests.tasks.echo import EchoSpec
 
@@ -155,6 +157,21 @@ def test_an_entry_for_gpus_that_this_host_lacks_is_skipped_unless_it_is_asked_fo
     assert row.detail == (
         "ValueError: big needs 8 GPUs, this host has 0; build it on a host that has them, or choose others with --only"
     )
+
+
+def test_an_entry_that_needs_sglang_fails_before_its_first_stage_where_there_is_none(
+    tmp_path: Path, artifacts: BuildArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECBUNDLE_SGLANG_PYTHON", str(tmp_path / "no-python"))
+    monkeypatch.setattr(flow_module, "list_gpus", lambda visible: (Gpu("0", "Made-up GPU"),))
+    stages = StagesByEntry(artifacts, served={}, tiny={})
+    monkeypatch.setattr(draft, "stages", stages)
+    state = run_build(tmp_path, served_entry("served"), tiny_entry())
+    rows = {row.entry: row for row in summary_of(state).rows}
+    assert (rows["served"].status, rows["tiny"].status) == ("failed", "published")
+    assert "no-python has no SGLang (" in rows["served"].detail
+    assert "set SPECBUNDLE_SGLANG_PYTHON to the interpreter" in rows["served"].detail
+    assert stages.fakes["served"].calls == []
 
 
 def test_a_name_that_the_manifest_does_not_have_fails_before_anything_is_built(
