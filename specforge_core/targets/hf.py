@@ -18,6 +18,7 @@ from specforge_core.decoding.speculative import generate
 from specforge_core.drafts.base import TargetHead
 from specforge_core.stages import ResolvedTarget
 from specforge_core.targets import CaptureRequest, Completion, GenerationRequest, Sampling, TargetFeatures
+from specforge_core.targets.weights import decoder, final_norm, norm_factor
 
 logger = logging.getLogger(__name__)
 
@@ -58,17 +59,7 @@ class HFTarget:
     @cached_property
     def decoder(self) -> nn.Module:
         """The model without its head: token ids in, the last hidden state after the final norm out."""
-        searched: nn.Module = self.model.get_decoder()
-        lists = {name: module for name, module in searched.named_modules() if isinstance(module, nn.ModuleList)}
-        for name, layers in lists.items():
-            if len(layers) == self.num_layers:
-                # Not `searched` itself: for some architectures that still has the head.
-                return searched.get_submodule(name.rpartition(".")[0])
-        found = {name: len(layers) for name, layers in lists.items()}
-        raise ValueError(
-            f"{type(self.model).__name__}: no list of {self.num_layers} decoder layers in its get_decoder(), a "
-            f"{type(searched).__name__} with module lists {found}; it needs a case of its own in HFTarget.decoder"
-        )
+        return decoder(self.model, self.num_layers)
 
     def decoder_layers(self) -> nn.ModuleList:
         """The decoder's layers in order. Raises: ValueError if no list of modules has the right length."""
@@ -80,9 +71,7 @@ class HFTarget:
 
     def final_norm(self) -> nn.Module | None:
         """The norm after the last layer, or None if the decoder has none of its own."""
-        norms = [module for module in self.decoder.children() if "norm" in type(module).__name__.lower()]
-        # A norm of the embeddings, where there is one, is registered before the final one.
-        return norms[-1] if norms else None
+        return final_norm(self.decoder)
 
     @cached_property
     def lm_head(self) -> nn.Linear:
@@ -176,22 +165,9 @@ class HFTarget:
         embedding_VD = self.model.get_input_embeddings().weight.detach().cpu()
         is_tied = self.lm_head.weight is self.model.get_input_embeddings().weight
         lm_head_VD = embedding_VD if is_tied else self.lm_head.weight.detach().cpu()
-        return TargetHead(embedding_VD, lm_head_VD, self._final_norm_weight())
-
-    def _final_norm_weight(self) -> Tensor | None:
-        """[D], the factor that the final norm applies, measured: some models store it minus 1. None if not RMSNorm."""
         norm = self.final_norm()
-        if norm is None:
-            return None
-        dtype = self.lm_head.weight.dtype
-        generator = torch.Generator().manual_seed(0)
-        sample_D = torch.randn(self.lm_head.in_features, generator=generator).to(self.device, dtype) * 2**7
-        with torch.no_grad():
-            # Epsilon vanishes beside the square of a power of two this large, and the norm of a constant row is exact.
-            weight_D = norm(torch.full_like(sample_D, 2.0**7))
-            expected_D = sample_D.float() * sample_D.float().square().mean().rsqrt() * weight_D.float()
-            is_rms_norm = torch.allclose(norm(sample_D).float(), expected_D, rtol=4 * torch.finfo(dtype).eps, atol=1e-4)
-        return weight_D.cpu() if is_rms_norm else None
+        factor_D = None if norm is None else norm_factor(norm, self.lm_head.weight[:1])
+        return TargetHead(embedding_VD, lm_head_VD, factor_D)
 
 
 def greedy_and_normalizer(last_hidden_ND: Tensor, lm_head_VD: Tensor) -> tuple[Tensor, Tensor]:
