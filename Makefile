@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Extra options of pip, e.g. PIP_OPTIONS='--extra-index-url https://download.pytorch.org/whl/cpu' for a smaller torch.
 PIP_OPTIONS ?=
+# Where specforge_core/demo/inflated_manifest.yaml looks for the enlarged target.
+INFLATED := $(HOME)/.cache/specbundle/demo-llama-3.1-8b
 
 ifeq ($(shell command -v nvidia-smi),)
 KIND := cpu
@@ -15,14 +17,18 @@ endif
 INSTALLED := $(VENV)/.installed-$(KIND)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints/$(KIND).txt
 
-.PHONY: bundle test test-slow lint format setup up clean
+.PHONY: bundle bundle-8b test test-slow lint format setup up clean
 .DEFAULT_GOAL := help
 
 help:  ## Say what there is to make.
-	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 bundle: setup  ## Build the drafts that this machine has the hardware for; ENTRIES='a b' builds those.
 	$(BIN)/specbundle build $(if $(ENTRIES),--only $(ENTRIES))
+
+bundle-8b: setup  ## Build a draft for the demo target at the size of an 8B model, on one GPU with SGLang.
+	@test -d $(INFLATED) || $(BIN)/python -m specforge_core.demo.inflate --shape llama-3.1-8b --out $(INFLATED)
+	$(BIN)/specbundle --manifest specforge_core/demo/inflated_manifest.yaml --store .specbundle build
 
 test: setup  ## Run the tests, without those that take minutes.
 	$(BIN)/python -m pytest

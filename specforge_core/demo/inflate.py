@@ -58,6 +58,8 @@ from specforge_core.progress import progress
 logger = logging.getLogger(__name__)
 
 DEMO_TARGET = Path(__file__).parent / "target"
+CACHE = Path("~/.cache/specbundle")
+"""Where `inflated_manifest.yaml` looks for the enlarged target."""
 COPIED_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 """Not float16: the head rows of added tokens are beyond its range."""
@@ -411,11 +413,12 @@ tokens, as the demo's do.
 def main() -> None:
     parser = argparse.ArgumentParser(description="Enlarge the demo target to a real model's shape.")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; must not exist")
+    parser.add_argument("--out", type=Path, help=f"folder of the checkpoint; default: {CACHE}/demo-SHAPE")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    inflate(SHAPES[args.shape], args.out, dtype=DTYPES[args.dtype])
+    out = args.out or CACHE.expanduser() / f"demo-{args.shape}"
+    inflate(SHAPES[args.shape], out, dtype=DTYPES[args.dtype])
 
 
 if __name__ == "__main__":
