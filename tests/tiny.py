@@ -56,6 +56,17 @@ def make_target(directory: Path, *, seed: int = 0) -> Path:
     return directory
 
 
+def make_talkative_target(directory: Path) -> Path:
+    """The same with answers that end by themselves every few tokens."""
+    make_target(directory, seed=1)
+    model = LlamaForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        # Of the random logits the end-of-turn token's swings widest, so it wins now and then.
+        model.lm_head.weight[model.config.eos_token_id] *= 1.6
+    model.save_pretrained(directory)
+    return directory
+
+
 def resolved(directory: Path) -> ResolvedTarget:
     """The folder as a stage spec names it, computing in float32."""
     return ResolvedTarget(model=str(directory), content_id="tiny", dtype="float32")

@@ -26,7 +26,7 @@ class Behaviour:
     step_delay_s: float = 0.0
     """Pause per pass of the target, so that a draft saves time."""
     journal: str | None = None
-    """File that gets a JSON line for each start (`argv`, `pid`) and each `/generate` answered (`rid`)."""
+    """File that gets a JSON line for each start (`argv`, `pid`) and each `/generate` answered (`rid`, `pid`)."""
     num_good_starts: int = 0
     num_faulty_starts: int | None = None
     """So many starts, counted in the journal, have none of the faults below; then so many have them (None: all)."""
@@ -40,6 +40,8 @@ class Behaviour:
     """Accept connections and answer nothing, `/health` included, from one more request on."""
     fail_every: int | None = None
     """Answer every so many-th request with status 500."""
+    abort_every: int | None = None
+    """Give up every so many-th request halfway, with status 200 and the finish reason `abort`."""
     drop_every: int | None = None
     """Close the connection of every so many-th request without an answer."""
     lacks: tuple[str, ...] = ()

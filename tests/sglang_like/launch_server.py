@@ -68,6 +68,7 @@ class Server(ThreadingHTTPServer):
         self.slots = threading.Semaphore(args.max_running_requests or 256)
         self.lock = threading.Lock()
         self.num_requests = self.num_running = self.peak_running = 0
+        self.rids: set[str] = set()
 
     @property
     def is_speculative(self) -> bool:
@@ -97,6 +98,23 @@ class Server(ThreadingHTTPServer):
                 f"The input ({len(input_ids)} tokens) is longer than the model's context length "
                 f"({self.answers.context_length} tokens)."
             )
+        num_tokens = len(input_ids) + sampling.get("max_new_tokens", 0)
+        if num_tokens > self.answers.context_length:
+            raise ValueError(
+                f"Requested token count exceeds the model's maximum context length of {self.answers.context_length} "
+                f"tokens. You requested a total of {num_tokens} tokens."
+            )
+        with self.lock:
+            if rid in self.rids:
+                raise ValueError(f"Duplicate request ID detected: {rid}")
+            self.rids.add(rid)
+        try:
+            return self._generate(rid, input_ids, sampling)
+        finally:
+            with self.lock:
+                self.rids.remove(rid)
+
+    def _generate(self, rid: str, input_ids: list[int], sampling: dict[str, Any]) -> dict[str, Any]:
         started_at = time.monotonic()
         with self.slots:
             with self.lock:
@@ -190,14 +208,15 @@ class Handler(BaseHTTPRequestHandler):
             self.send(500, {"error": {"message": "injected failure"}})
             return
         try:
-            answer = self._answer(json.loads(body))
+            is_aborted = behaviour.abort_every is not None and number % behaviour.abort_every == 0
+            answer = self._answer(json.loads(body), is_aborted=is_aborted)
         except ValueError as error:
             self.send(400, {"error": {"message": str(error)}})
             return
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.send(200, answer)
 
-    def _answer(self, request: dict[str, Any]) -> Any:
+    def _answer(self, request: dict[str, Any], *, is_aborted: bool) -> Any:
         """One answer, or a list of them for a list of prompts."""
         if request.get("stream"):
             raise ValueError("this server does not stream")
@@ -211,7 +230,11 @@ class Handler(BaseHTTPRequestHandler):
         answers = []
         for rid, prompt, wanted in zip(rids, prompts, samplings, strict=True):
             answers.append(self.server.generate(rid, prompt, wanted))
-            self.server.note(event="answer", rid=rid)
+            if is_aborted:
+                answers[-1]["output_ids"] = answers[-1]["output_ids"][:1]
+                answers[-1]["meta_info"]["finish_reason"] = {"type": "abort", "message": "Aborted", "status_code": None}
+                continue
+            self.server.note(event="answer", rid=rid, pid=os.getpid())
         return answers[0] if is_single else answers
 
 
