@@ -231,7 +231,7 @@ class Client:
 def _reply(response: _Response, elapsed_s: float) -> Reply:
     """What the response says. Raises: RequestRefused, _ServerFault."""
     status, body = response
-    if HTTPStatus(status).is_client_error and status not in RETRIED_STATUS:
+    if 400 <= status < 500 and status not in RETRIED_STATUS:
         raise RequestRefused(f"refused with status {status}: {body.decode(errors='replace')}")
     if status != HTTPStatus.OK:
         raise _ServerFault(f"status {status}: {body.decode(errors='replace')}")

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from specforge_core.artifacts import METRICS_NAME, PROGRESS_DIRECTORY
+from specforge_core.benchmark.server import ServerLost
 from specforge_core.data.chat_template import chat_template_sha256, next_turn_ids, prompt_ids
 from specforge_core.data.conversations import Conversation, write_conversations
 from specforge_core.data.journal import Journal
@@ -27,7 +28,7 @@ from specforge_core.facts import Conversations
 from specforge_core.manifest_sections import DataConfig
 from specforge_core.progress import progress
 from specforge_core.stages import RegenerateSpec
-from specforge_core.targets import Completion, GenerationRequest, Sampling, TargetBackend
+from specforge_core.targets import Completion, GenerationRequest, Refusal, Sampling, TargetBackend
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,29 @@ class Prompts(NamedTuple):
 
 
 def main(spec: RegenerateSpec, out: Path) -> Conversations:
-    """The facts of the conversations written to `out`. Raises: as `regenerate`."""
+    """The facts of the conversations written to `out`. Raises: as `regenerate`, and ServerLost."""
+    return _served(spec, out) if spec.engine.name == "sglang" else _in_process(spec, out)
+
+
+def _served(spec: RegenerateSpec, out: Path) -> Conversations:
+    from specforge_core.benchmark.server_flags import target_options
+    from specforge_core.benchmark.stage_servers import stage_servers
+    from specforge_core.targets.sglang import SGLangTarget, num_in_flight
+
+    engine = spec.engine
+    options = target_options(
+        spec.target,
+        tensor_parallel=engine.tensor_parallel,
+        max_running_requests=engine.max_running_requests,
+        mem_fraction_static=engine.mem_fraction_static,
+    )
+    with stage_servers(engine, options, name="target", directory=out) as servers:
+        target = SGLangTarget(spec.target, servers)
+        batch_size = num_in_flight(engine.max_running_requests, len(servers))
+        return regenerate(spec.model_copy(update={"batch_size": batch_size}), target, target.tokenizer, out)
+
+
+def _in_process(spec: RegenerateSpec, out: Path) -> Conversations:
     # `regenerate` works with any backend; this one is the most expensive to import.
     from specforge_core.decoding.threads import fastest_num_threads, torch_threads
     from specforge_core.targets.hf import HFTarget
@@ -80,7 +103,7 @@ def regenerate(
     """The facts of the conversations written to `out`, which may hold the journal of an interrupted run.
 
     Raises: ValueError if the tokenizer has no chat template, a source has no prompts, or the journal is another
-    spec's; RuntimeError if more than half of the rows give no conversation.
+    spec's; RuntimeError if more than half of the rows give no conversation; ServerLost from a backend with servers.
     """
     template_sha256 = chat_template_sha256(tokenizer)
     prompts = unique_prompts(spec.data)
@@ -232,59 +255,80 @@ class Regeneration:
         """Have every turn answered that can be, and journaled.
 
         Args: metrics_path: gets a line every METRICS_INTERVAL_S and a last one: conversations done, tokens and speed.
-        Raises: RuntimeError if the backend fails nearly all requests.
+        Raises: RuntimeError if the backend fails nearly all requests, ServerLost.
         """
         self.waiting.extend(prompts)
         started_at = reported_at = time.monotonic()
         num_tokens = 0
         with progress(desc="regenerate", total=len(prompts), unit="conversation") as bar:
             while self.waiting:
-                for completion in self._completions(bar):
-                    prompt, request = self.in_flight.pop(completion.id)
-                    self.journal.append(request, completion)
-                    # To the front: a conversation that has begun is finished before another one begins.
+                for outcome in self._outcomes(bar):
+                    prompt, request = self.in_flight.pop(outcome.id)
+                    # To the front: a conversation that has begun is finished before another one begins, and the server
+                    # still knows its keys and values.
                     self.waiting.appendleft(prompt)
-                    num_tokens += len(completion.token_ids)
+                    if isinstance(outcome, Refusal):
+                        self._record_failure(outcome)
+                        continue
+                    self.journal.append(request, outcome)
+                    num_tokens += len(outcome.token_ids)
                     bar.set_postfix_str(f"{num_tokens:,} tokens", refresh=False)
                     if time.monotonic() - reported_at > METRICS_INTERVAL_S:
                         reported_at = time.monotonic()
                         _append_metrics(metrics_path, bar.n, num_tokens, reported_at - started_at)
             _append_metrics(metrics_path, bar.n, num_tokens, time.monotonic() - started_at)
 
-    def _requests(self, bar: Any) -> Iterator[GenerationRequest]:
-        """The next request of every waiting conversation. A backend takes them when it has room."""
+    def _next_request(self, bar: Any) -> GenerationRequest | None:
+        """The next request of the first conversation that waits, if one does."""
         while self.waiting:
             prompt = self.waiting.popleft()
             outcome = self.advance(prompt)
             if isinstance(outcome, GenerationRequest):
                 self.in_flight[outcome.id] = InFlight(prompt, outcome)
-                yield outcome
-            else:
-                bar.update()
+                return outcome
+            bar.update()
+        return None
 
-    def _completions(self, bar: Any) -> Iterator[Completion]:
-        """Completions of what waits. Requests that fail together are asked again one by one."""
+    def _outcomes(self, bar: Any) -> Iterator[Completion | Refusal]:
+        """What comes of all that waits. Requests that a backend loses together are asked again one by one."""
+        requests = _Requests(lambda: self._next_request(bar))
         # Whatever a backend raises about one request, the others must go on.
         try:
-            yield from self.target.generate(self._requests(bar), self.sampling, batch_size=self.batch_size)
+            yield from self.target.generate(requests, self.sampling, batch_size=self.batch_size)
+        except ServerLost:
+            raise
         except Exception as error:
             logger.warning("%d requests failed together, asking them one by one: %r", len(self.in_flight), error)
         for _, request in tuple(self.in_flight.values()):
-            cause: Exception = RuntimeError("the backend gave no completion")
+            reason = "the backend gave no completion"
             try:
                 yield from self.target.generate([request], self.sampling, batch_size=1)
+            except ServerLost:
+                raise
             except Exception as error:
-                cause = error
+                reason = f"{type(error).__name__}: {error}"
             if request.id in self.in_flight:
-                self._record_failure(request, cause)
-                self.waiting.appendleft(self.in_flight.pop(request.id).prompt)
+                yield Refusal(request.id, reason)
 
-    def _record_failure(self, request: GenerationRequest, cause: Exception) -> None:
-        self.failed_requests[request.id] = f"{type(cause).__name__}: {cause}"
+    def _record_failure(self, refusal: Refusal) -> None:
+        self.failed_requests[refusal.id] = refusal.reason
         if len(self.failed_requests) > len(self.journal) + MAX_FAILURES_AHEAD:
             raise RuntimeError(
-                f"the backend failed {len(self.failed_requests)} requests and answered {len(self.journal)}"
-            ) from cause
+                f"the backend failed {len(self.failed_requests)} requests and answered {len(self.journal)}; "
+                f"the last reason: {refusal.reason}"
+            )
+
+
+class _Requests(Iterator[GenerationRequest]):
+    """What a function gives, up to None. Unlike a generator it can go on after its end, as `TargetBackend` asks for."""
+
+    def __init__(self, next_request: Callable[[], GenerationRequest | None]) -> None:
+        self._next_request = next_request
+
+    def __next__(self) -> GenerationRequest:
+        if (request := self._next_request()) is None:
+            raise StopIteration
+        return request
 
 
 def _append_metrics(path: Path, num_conversations: int, num_tokens: int, elapsed_s: float) -> None:

@@ -37,6 +37,13 @@ class Completion(NamedTuple):
     finish_reason: FinishReason
 
 
+class Refusal(NamedTuple):
+    """A request that the target did not answer, while it goes on answering others."""
+
+    id: str
+    reason: str
+
+
 class CaptureRequest(NamedTuple):
     """A document to be read by the target."""
 
@@ -63,8 +70,12 @@ class TargetBackend(Protocol):
 
     def generate(
         self, requests: Iterable[GenerationRequest], sampling: Sampling, *, batch_size: int
-    ) -> Iterator[Completion]:
-        """Completions in the order in which they finish."""
+    ) -> Iterator[Completion | Refusal]:
+        """Completions in the order in which they finish.
+
+        `requests` is read where there is room, and read again after its end while others are being answered: what the
+        caller does with an answer may be what brings the next request in.
+        """
         ...
 
     def capture(
