@@ -52,6 +52,7 @@ from torch import Tensor
 from torch.linalg import matrix_norm
 from transformers import LlamaConfig
 
+from specforge_core.demo.inflated import INFLATED_NAME, InflatedTarget, Shape
 from specforge_core.drafts.eagle3 import Eagle3Draft
 from specforge_core.progress import progress
 
@@ -68,18 +69,6 @@ LOGIT_MARGIN_NATS = 40.0
 NUM_THREADS = 8
 NOISE_STD = 0.02
 """The usual standard deviation of fresh Llama weights."""
-
-
-class Shape(NamedTuple):
-    """Sizes of a Llama-architecture model, under the names of its `config.json`."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
 
 
 SHAPES = {
@@ -235,6 +224,17 @@ class Inflation:
         """The embedding, one for each layer, and the final norm with the head."""
         return self.wide.num_hidden_layers + 2
 
+    def record(self, *, num_parameters: int) -> InflatedTarget:
+        """What the wide model's folder says about it."""
+        return InflatedTarget(
+            demo=self.small._asdict(),
+            enlarged=self.wide._asdict(),
+            layers=self.layers,
+            num_parameters=num_parameters,
+            dtype=str(self.dtype).removeprefix("torch."),
+            max_position_embeddings=self.small_config.max_position_embeddings,
+        )
+
     def group(self, number: int) -> dict[str, Tensor]:
         """The tensors of one group, by name."""
         generator = torch.Generator().manual_seed(number)
@@ -365,7 +365,9 @@ def inflate(shape: Shape, out: Path, *, dtype: torch.dtype, source: Path = DEMO_
     inflation.config().save_pretrained(partial)
     for name in COPIED_FILES:
         shutil.copy(source / name, partial / name)
-    (partial / "README.md").write_text(_card(inflation, num_parameters=size_bytes // dtype.itemsize))
+    record = inflation.record(num_parameters=size_bytes // dtype.itemsize)
+    (partial / INFLATED_NAME).write_text(record.model_dump_json(indent=2) + "\n")
+    (partial / "README.md").write_text(record.card())
     partial.rename(out)
     logger.info("wrote %s: %d shards, %.2f GiB", out, num_shards, size_bytes / 2**30)
     return inflation
@@ -373,41 +375,6 @@ def inflate(shape: Shape, out: Path, *, dtype: torch.dtype, source: Path = DEMO_
 
 def _shard_name(number: int, num_shards: int) -> str:
     return f"model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
-
-
-def _card(inflation: Inflation, *, num_parameters: int) -> str:
-    sizes = zip(Shape._fields, inflation.small, inflation.wide, strict=True)
-    rows = "\n".join(f"| {name} | {small} | {wide} |" for name, small, wide in sizes)
-    layers = ", ".join(f"{small}: {wide}" for small, wide in enumerate(inflation.layers))
-    return CARD.format(
-        rows=rows, layers=layers, num_parameters=num_parameters, added_first=inflation.small.vocab_size,
-        dtype=str(inflation.dtype).removeprefix("torch."),
-        max_positions=inflation.small_config.max_position_embeddings,
-    )  # fmt: skip
-
-
-CARD = """---
-license: apache-2.0
-language: en
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# The demo target, enlarged
-
-**The text is the demo's.** {num_parameters:,} parameters in {dtype} that compute the function of SpecBundle's demo
-target of 7.5 M parameters, but for rounding: nothing is gained in quality. It exists to measure serving, capture and
-training at the cost of a real model's shape; a report that uses it must say so. Made by
-`python -m specforge_core.demo.inflate`, whose docstring has the construction.
-
-| | demo | enlarged |
-|---|---|---|
-{rows}
-
-Small layers sit in these layers (small: enlarged); the others hand their input on: {layers}.
-Token ids from {added_first} on do not exist in the tokenizer and are never produced. Contexts end at {max_positions}
-tokens, as the demo's do.
-"""
 
 
 def main() -> None:

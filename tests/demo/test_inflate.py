@@ -26,6 +26,7 @@ from specforge_core.demo.inflate import (
     place_layers,
     residual_rms_bound,
 )
+from specforge_core.demo.inflated import inflated_target
 from specforge_core.demo.target_card import generate_replies
 from specforge_core.demo.target_data import load_tokenizer
 
@@ -171,6 +172,12 @@ def test_the_folder_is_a_checkpoint_that_says_whose_text_it_is(pair: Pair):
     assert config["rope_parameters"]["rope_theta"] == 10000.0
     assert not config["tie_word_embeddings"]
     assert "**The text is the demo's.**" in (pair.folder / "README.md").read_text()
+    said = inflated_target(pair.folder)
+    assert said is not None
+    assert Shape(**said.enlarged) == SHAPE
+    assert Shape(**said.demo) == SMALL
+    assert said.num_parameters == sum(p.numel() for p in pair.wide.parameters())
+    assert inflated_target(DEMO_TARGET) is None
     index = json.loads((pair.folder / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {path.name for path in pair.folder.glob("*.safetensors")}
     assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in pair.wide.parameters())
