@@ -99,9 +99,10 @@ def known_flags(program: tuple[str, ...]) -> frozenset[str]:
         raise ValueError(f"no SGLang server can be started: {error}") from None
     if done.returncode != 0:
         lines = "\n".join(done.stderr.splitlines()[-NUM_LAST_LINES:])
+        # The last line is the one to show where there is room for one.
         raise ValueError(
-            f"no SGLang server can be started: `{' '.join(command)}` ended with status {done.returncode}; choose a "
-            f"Python interpreter that has SGLang. Its last lines:\n{lines}"
+            f"{lines}\nno SGLang server can be started: `{' '.join(command)}` ended with status {done.returncode} and "
+            "the lines above; choose a Python interpreter that has SGLang"
         )
     return flags_in_help(done.stdout)
 
