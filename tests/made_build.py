@@ -12,7 +12,9 @@ from specforge_core.facts import (
     HiddenStates,
     Lossless,
     Measurement,
+    ServerRecord,
     ServingDraft,
+    SweepPoint,
     Vocabulary,
 )
 from specforge_core.manifest import ManifestEntry
@@ -62,6 +64,55 @@ def result(*measurements: Measurement) -> BenchmarkResult:
         command="python -m specforge_core benchmark --spec spec.json --out out",
     )
     return BenchmarkResult(measurements=measurements, environment=environment)
+
+
+def chain(num_steps: int, topk: int, num_draft_tokens: int, concurrency: int = 1) -> ServingConfig:
+    return ServingConfig(num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens, concurrency=concurrency)
+
+
+def sweep_point(
+    serving: ServingConfig, baseline: tuple[float, ...], with_draft: tuple[float, ...], **changes: Any
+) -> SweepPoint:
+    """2,700 tokens in 1,000 steps: acceptance length 2.7."""
+    values: dict[str, Any] = {"num_requests": 12, "num_output_tokens": 2700, "num_verify_steps": 1000}
+    return SweepPoint(
+        serving=serving,
+        baseline_output_tokens_per_s=baseline,
+        output_tokens_per_s=with_draft,
+        **(values | changes),
+    )
+
+
+def sweep() -> tuple[SweepPoint, ...]:
+    """Two chains and a tree at four loads: the long chain wins alone, the short one at 8, at 16 there is a tie with the
+    target alone, at 32 every draft loses."""
+    short, long, tree = (2, 1, 3), (7, 1, 8), (5, 4, 16)
+    return (
+        sweep_point(chain(*short), (155.0, 155.0, 157.0), (295.0, 290.0, 300.0)),
+        sweep_point(chain(*long), (155.0, 156.0, 154.0), (340.0, 350.0, 330.0), num_output_tokens=3500),
+        sweep_point(chain(*tree), (155.0, 155.0, 155.0), (310.0, 312.0, 311.0), num_output_tokens=3700),
+        sweep_point(chain(*short, 8), (1130.0, 1140.0, 1120.0), (1470.0, 1460.0, 1480.0)),
+        sweep_point(chain(*long, 8), (1130.0, 1130.0, 1130.0), (1300.0, 1290.0, 1310.0), num_output_tokens=3500),
+        sweep_point(chain(*tree, 8), (1130.0, 1130.0, 1130.0), (1000.0, 990.0, 1010.0), num_output_tokens=3700),
+        sweep_point(chain(*short, 16), (2200.0, 2100.0, 2300.0), (2250.0, 2200.0, 2200.0)),
+        sweep_point(chain(*long, 16), (2200.0, 2200.0, 2200.0), (1900.0, 1800.0, 2000.0), num_output_tokens=3500),
+        sweep_point(chain(*tree, 16), (2200.0, 2200.0, 2200.0), (1200.0, 1250.0, 1300.0), num_output_tokens=3700),
+        sweep_point(chain(*short, 32), (4200.0, 4210.0, 4190.0), (3900.0, 3800.0, 3700.0)),
+        sweep_point(chain(*long, 32), (4200.0, 4200.0, 4200.0), (2500.0, 2600.0, 2700.0), num_output_tokens=3500),
+        sweep_point(chain(*tree, 32), (4200.0, 4200.0, 4200.0), (1500.0, 1600.0, 1700.0), num_output_tokens=3700),
+    )
+
+
+def served_result(*measurements: Measurement, **changes: Any) -> BenchmarkResult:
+    """What servers measured, with the sweep above."""
+    made = result(*measurements)
+    gpu = made.environment.model_copy(update={"gpu": "Made-up GPU", "versions": {"torch": "2.13.0"}})
+    servers = {
+        name: ServerRecord(version="0.5.14", command=f"python -m sglang.launch_server --port 3{i}", gpus=("0",))
+        for i, name in enumerate(("baseline", "3-1-4"))
+    }
+    values: dict[str, Any] = {"environment": gpu, "engine": "sglang", "sweep": sweep(), "servers": servers}
+    return made.model_copy(update=values | changes)
 
 
 def vocabulary(coverage: float = 0.9876) -> Vocabulary:

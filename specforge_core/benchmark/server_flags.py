@@ -13,8 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from specforge_core.manifest_sections import ServingConfig
-from specforge_core.stages import ResolvedTarget
+from specforge_core.manifest_sections import ServingConfig, TargetConfig
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,8 @@ ALTERNATIVES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 # A server without these gives the same answers, at another speed or with less to read.
 OPTIONAL = frozenset(
     (
-        "--cuda-graph-backend-prefill --cuda-graph-max-bs-decode --enable-metrics --grammar-backend "
+        "--cuda-graph-backend-prefill --cuda-graph-max-bs-decode --enable-metrics "
+        "--enforce-disable-flashinfer-allreduce-fusion --grammar-backend "
         "--sampling-backend --skip-server-warmup"
     ).split()
 )
@@ -50,20 +50,27 @@ class ServerFlags(NamedTuple):
     """Optional flags that it does not have."""
 
 
-def target_options(
-    target: ResolvedTarget, *, tensor_parallel: int, max_running_requests: int, mem_fraction_static: float
-) -> Options:
-    """The options of a server for this target alone: the baseline.
-
-    Args: max_running_requests: requests decoded at once, and the widest CUDA graph; mem_fraction_static: share of each
-    GPU's memory for weights and KV cache, what is already in use included.
-    """
+def model_options(target: TargetConfig, *, tensor_parallel: int) -> Options:
+    """The options that say what is served: every server of this target has them."""
     return {
         "--model-path": target.model,
         **({"--revision": target.revision} if target.revision else {}),
         "--trust-remote-code": target.trust_remote_code,
         "--dtype": target.dtype,
         "--tp-size": tensor_parallel,
+    }
+
+
+def target_options(
+    target: TargetConfig, *, tensor_parallel: int, max_running_requests: int, mem_fraction_static: float
+) -> Options:
+    """The options of a stage's server for this target alone: the baseline.
+
+    Args: max_running_requests: requests decoded at once, and the widest CUDA graph; mem_fraction_static: share of each
+    GPU's memory for weights and KV cache, what is already in use included.
+    """
+    return {
+        **model_options(target, tensor_parallel=tensor_parallel),
         "--mem-fraction-static": mem_fraction_static,
         "--max-running-requests": max_running_requests,
         "--cuda-graph-max-bs-decode": max_running_requests,
@@ -78,7 +85,7 @@ def target_options(
     }
 
 
-def draft_options(draft: Path, serving: ServingConfig) -> Options:
+def draft_options(draft: Path | str, serving: ServingConfig) -> Options:
     """What a server with an EAGLE-3 draft has on top of its baseline's options, which are otherwise the same."""
     return {
         "--speculative-algorithm": "EAGLE3",
