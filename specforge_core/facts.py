@@ -132,6 +132,8 @@ class Measurement(Record):
     """The same engine with an n-gram drafter, so that predictable text is not oversold. Not of a server."""
     in_process_acceptance_length: float | None = None
     """Of the same draft and chain in this project's own loop, where a server was measured and that was asked for."""
+    same_prompts_acceptance_length: float | None = None
+    """Of the server on the prompts behind the above, which may be fewer."""
     baseline_output_tokens_per_s: tuple[float, ...]
     """Without draft, one value per repeat."""
     output_tokens_per_s: tuple[float, ...]
@@ -156,6 +158,15 @@ class Measurement(Record):
     def acceptance_length(self) -> float:
         """Tokens per verification step, the target's own token included; SGLang's `spec_accept_length`."""
         return self.num_output_tokens / self.num_verify_steps
+
+    @property
+    def serving_gap(self) -> float | None:
+        """How far what the server accepts is from what the reference does, as a share of the latter; None where there
+        is no reference."""
+        if self.in_process_acceptance_length is None:
+            return None
+        served = self.same_prompts_acceptance_length or self.acceptance_length
+        return served / self.in_process_acceptance_length - 1
 
 
 class SweepPoint(Record):

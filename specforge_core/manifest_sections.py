@@ -340,6 +340,10 @@ class GatesConfig(Config):
     """Share of the supervised tokens that are in the draft vocabulary."""
     lossless: bool = True
     """Greedy outputs with and without draft differ nowhere but at near-ties."""
+    max_serving_gap: Fraction = 0.05
+    """How far the server's acceptance length may be from that of the same draft in the stage's own process, where
+    `benchmark.num_in_process_prompts` asks for it. Few prompts differ by some percent by chance: texts part at
+    near-ties."""
 
 
 class PublishConfig(Config):

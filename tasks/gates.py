@@ -14,6 +14,7 @@ def check_gates(gates: GatesConfig, vocabulary: Vocabulary, result: BenchmarkRes
         _speedup(gates, result),
         _coverage(gates, vocabulary),
         _lossless(gates, result),
+        _serving_gap(gates, result),
         _speedup_is_possible(result),
     )
     return tuple(failure for failures in checks for failure in failures)
@@ -102,6 +103,25 @@ def _lossless(gates: GatesConfig, result: BenchmarkResult) -> list[GateFailure]:
         for measurement in result.measurements
         # Sampled runs have no such check: there the distribution is equal, not the text.
         if measurement.lossless is not None and measurement.lossless.num_different > 0
+    ]
+
+
+def _serving_gap(gates: GatesConfig, result: BenchmarkResult) -> list[GateFailure]:
+    required = gates.max_serving_gap
+    return [
+        GateFailure(
+            gate="max_serving_gap",
+            suite=measurement.suite,
+            measured=abs(gap),
+            required=required,
+            message=f"the server's acceptance length is {gap:+.1%} from the "
+            f"{measurement.in_process_acceptance_length:.2f} of the same draft in this project's own loop, "
+            f"{_where(measurement)}, {required:.1%} is allowed; see the server's log for tensors that it ignored, or "
+            "raise benchmark.num_in_process_prompts if they are few",
+        )
+        for measurement in result.measurements
+        # Not every benchmark has the reference: it takes the target in a process of its own.
+        if (gap := measurement.serving_gap) is not None and not abs(gap) <= required
     ]
 
 
