@@ -132,6 +132,8 @@ class Measurement(Record):
     """The same engine with an n-gram drafter, so that predictable text is not oversold. Not of a server."""
     in_process_acceptance_length: float | None = None
     """Of the same draft and chain in this project's own loop, where a server was measured and that was asked for."""
+    served_on_same_prompts: float | None = None
+    """The server's acceptance length on the prompts of that comparison, the first ones of the suite."""
     same_prompts_acceptance_length: float | None = None
     """Of the server on the prompts behind the above, which may be fewer."""
     baseline_output_tokens_per_s: tuple[float, ...]
