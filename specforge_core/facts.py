@@ -134,8 +134,6 @@ class Measurement(Record):
     """Of the same draft and chain in this project's own loop, where a server was measured and that was asked for."""
     served_on_same_prompts: float | None = None
     """The server's acceptance length on the prompts of that comparison, the first ones of the suite."""
-    same_prompts_acceptance_length: float | None = None
-    """Of the server on the prompts behind the above, which may be fewer."""
     baseline_output_tokens_per_s: tuple[float, ...]
     """Without draft, one value per repeat."""
     output_tokens_per_s: tuple[float, ...]
@@ -165,10 +163,9 @@ class Measurement(Record):
     def serving_gap(self) -> float | None:
         """How far what the server accepts is from what the reference does, as a share of the latter; None where there
         is no reference."""
-        if self.in_process_acceptance_length is None:
+        if self.in_process_acceptance_length is None or self.served_on_same_prompts is None:
             return None
-        served = self.same_prompts_acceptance_length or self.acceptance_length
-        return served / self.in_process_acceptance_length - 1
+        return self.served_on_same_prompts / self.in_process_acceptance_length - 1
 
 
 class SweepPoint(Record):

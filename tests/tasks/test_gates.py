@@ -81,11 +81,11 @@ def test_a_sampled_run_has_nothing_to_compare() -> None:
 
 def test_a_server_must_accept_what_the_reference_accepts() -> None:
     gates = GatesConfig(max_serving_gap=0.02)
-    # 300 tokens in 100 steps, so 3.00 on the server: 1.9 % and 2.1 % from these, on either side.
+    # 1.9 % and 2.1 % from the reference, on either side.
     for factor in (1.019, 0.981):
-        assert failures(gates, measurement(in_process_acceptance_length=3.0 / factor)) == ()
-    (above,) = failures(gates, measurement(in_process_acceptance_length=3.0 / 1.021))
-    (below,) = failures(gates, measurement(in_process_acceptance_length=3.0 / 0.979))
+        assert failures(gates, measurement(served_on_same_prompts=3.0, in_process_acceptance_length=3.0 / factor)) == ()
+    (above,) = failures(gates, measurement(served_on_same_prompts=3.0, in_process_acceptance_length=3.0 / 1.021))
+    (below,) = failures(gates, measurement(served_on_same_prompts=3.0, in_process_acceptance_length=3.0 / 0.979))
     assert [(f.gate, f.suite, f.required) for f in (above, below)] == [("max_serving_gap", "math", 0.02)] * 2
     assert [above.measured, below.measured] == pytest.approx([0.021, 0.021])
     assert "is +2.1% from the 2.94 of the same draft" in above.message
@@ -96,7 +96,7 @@ def test_a_server_must_accept_what_the_reference_accepts() -> None:
 def test_the_serving_gap_is_that_of_the_prompts_decoded_in_both() -> None:
     gates = GatesConfig(max_serving_gap=0.02)
     # The other prompts are easier: on those that both decoded, the server is 1 % lower.
-    both = measurement(in_process_acceptance_length=2.0, same_prompts_acceptance_length=1.98)
+    both = measurement(in_process_acceptance_length=2.0, served_on_same_prompts=1.98)
     assert failures(gates, both) == ()
     assert both.serving_gap == pytest.approx(-0.01)
     assert measurement().serving_gap is None
