@@ -57,6 +57,8 @@ class Reply(NamedTuple):
     """`meta_info`."""
     elapsed_s: float
     """From sending it (for the last time) to its answer."""
+    num_attempts: int = 1
+    """Times that it was sent."""
 
     def ended(self, eos_token_ids: frozenset[int]) -> "Reply":
         """The same, up to its first end-of-turn token.
@@ -191,7 +193,7 @@ class Client:
             sent_at = time.monotonic()
             try:
                 response = await self._watched(replica, url, self._post(url, content), timeout_s)
-                return _reply(response, time.monotonic() - sent_at)
+                return _reply(response, time.monotonic() - sent_at, attempt)
             except (aiohttp.ClientError, TimeoutError, _ServerFault) as error:
                 fault = error
             await replica.ensure_alive(url, f"request {rid}, attempt {attempt} of {MAX_ATTEMPTS}: {fault!r}")
@@ -228,7 +230,7 @@ class Client:
             task.cancel()
 
 
-def _reply(response: _Response, elapsed_s: float) -> Reply:
+def _reply(response: _Response, elapsed_s: float, num_attempts: int) -> Reply:
     """What the response says. Raises: RequestRefused, _ServerFault."""
     status, body = response
     if 400 <= status < 500 and status not in RETRIED_STATUS:
@@ -245,7 +247,7 @@ def _reply(response: _Response, elapsed_s: float) -> Reply:
     # Only stop strings, which no request has, end an answer with a text; and logits that are not a number.
     if isinstance(finish.get("matched"), str):
         raise _ServerFault(f"ended by {finish['matched']!r}")
-    return Reply(tuple(answer["output_ids"]), finish["type"], meta, elapsed_s)
+    return Reply(tuple(answer["output_ids"]), finish["type"], meta, elapsed_s, num_attempts)
 
 
 class Job(NamedTuple):

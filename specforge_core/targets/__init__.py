@@ -66,7 +66,7 @@ class TargetFeatures(NamedTuple):
 
 
 class TargetBackend(Protocol):
-    """A target in this process (`hf.py`), or behind a server."""
+    """What generates: a target in this process (`hf.py`), or behind servers (`sglang.py`)."""
 
     def generate(
         self, requests: Iterable[GenerationRequest], sampling: Sampling, *, batch_size: int
@@ -76,10 +76,4 @@ class TargetBackend(Protocol):
         `requests` is read where there is room, and read again after its end while others are being answered: what the
         caller does with an answer may be what brings the next request in.
         """
-        ...
-
-    def capture(
-        self, requests: Iterable[CaptureRequest], layers: tuple[int, ...], *, batch_tokens: int
-    ) -> Iterator[TargetFeatures]:
-        """Features of each document, in order, on whatever device; the requests are on the CPU."""
         ...

@@ -118,16 +118,20 @@ def test_requests_of_a_session_go_to_the_same_server_while_it_has_room(tmp_path:
     assert all(pids[f"{i}/0"] == pids[f"{i}/1"] == pids[f"{i}/2"] for i in range(8))
 
 
-def test_errors_aborts_and_lost_connections_are_asked_again(tmp_path: Path) -> None:
+def test_errors_aborts_and_lost_connections_are_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Six attempts at a request would all fail now and then.
+    monkeypatch.setattr(client_module, "MAX_ATTEMPTS", 20)
+    monkeypatch.setattr(client_module, "BACKOFF_S", 0.001)
     journal = tmp_path / "journal"
-    with serving(tmp_path, Behaviour(fail_every=5, drop_every=7, abort_every=9, journal=str(journal))) as servers:
+    with serving(tmp_path, Behaviour(fail_every=7, drop_every=11, abort_every=13, journal=str(journal))) as servers:
         replies = check_answers(servers, jobs(60))
         assert servers[0].record().num_restarts == 0
     counts = num_answers(journal)
     assert len(counts) == 60
     assert set(counts.values()) == {1}
     # SGLang refuses a name that it still works on: another attempt has another one.
-    assert {reply.meta["id"].partition("#")[2] for reply in replies} >= {"", "2"}
+    assert {(reply.num_attempts, reply.meta["id"].partition("#")[2]) for reply in replies} >= {(1, ""), (2, "2")}
+    assert all(reply.meta["id"].partition("#")[2] in ("", str(reply.num_attempts)) for reply in replies)
 
 
 def test_a_request_that_fails_each_time_is_given_up_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,9 +48,6 @@ class ScriptedTarget:
             for request in reversed([(request, self.answer(last_question(request))) for request in batch]):
                 yield self._completion(*request, sampling)
 
-    def capture(self, documents: Any, layers: Any, *, batch_tokens: int) -> Iterator[Any]:
-        raise AssertionError("regenerate captures nothing")
-
     def _completion(self, request: GenerationRequest, answer: str, sampling: Sampling) -> Completion:
         token_ids = [*text_ids(answer), END]
         if len(token_ids) > sampling.max_new_tokens:
