@@ -144,7 +144,7 @@ def _lease(spec: StageSpec, build: EntryBuild) -> Iterator[Lease]:
         # One CPU stage at a time: each takes every core, and a benchmark must not share them.
         wanted, devices, kind = 1, (CPU_SLOT,), "cpu"
     else:
-        # A short CPU stage of an entry that otherwise uses GPUs.
+        # A short CPU stage of an entry that otherwise uses GPUs, or one whose servers run elsewhere.
         yield NO_DEVICES
         return
     with lease_devices(wanted, devices=devices, lock_dir=device_lock_dir() / kind, cancelled=ending) as lease:
