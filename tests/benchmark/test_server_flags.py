@@ -102,7 +102,9 @@ def test_baseline_and_draft_server_differ_in_the_draft_alone() -> None:
 
 
 def test_an_interpreter_without_sglang_is_refused_with_its_own_words() -> None:
-    with pytest.raises(ValueError, match=r"No module named nothing_like_sglang\n.* choose a Python interpreter that has SGLang$"):
+    with pytest.raises(
+        ValueError, match=r"No module named nothing_like_sglang\n.* choose a Python interpreter that has SGLang$"
+    ):
         known_flags((sys.executable, "-m", "nothing_like_sglang"))
     with pytest.raises(ValueError, match=r"no SGLang server can be started.*/no/python"):
         known_flags(("/no/python", "-m", MODULE))
