@@ -26,7 +26,8 @@ class Behaviour:
     step_delay_s: float = 0.0
     """Pause per pass of the target, so that a draft saves time."""
     journal: str | None = None
-    """File that gets a JSON line for each start (`argv`, `pid`) and each `/generate` answered (`rid`, `pid`)."""
+    """File that gets a JSON line for each start (`argv`, `pid`), each `/generate` answered (`rid`, `pid`) and each flush
+    of the cache (`pid`)."""
     num_good_starts: int = 0
     num_faulty_starts: int | None = None
     """So many starts, counted in the journal, have none of the faults below; then so many have them (None: all)."""
@@ -44,6 +45,10 @@ class Behaviour:
     """Give up every so many-th request halfway, with status 200 and the finish reason `abort`."""
     drop_every: int | None = None
     """Close the connection of every so many-th request without an answer."""
+    hides_draft_figures: bool = False
+    """Say nothing about the draft in `meta_info`, as a server that was started without one."""
+    max_capacity: int | None = None
+    """Tokens that the KV cache holds at most, whatever was asked for."""
     lacks: tuple[str, ...] = ()
     """Flags that this server does not know."""
 

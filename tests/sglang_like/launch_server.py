@@ -87,7 +87,14 @@ class Server(ThreadingHTTPServer):
     def info(self) -> dict[str, Any]:
         """What `/server_info` says."""
         state = {"num_requests": self.num_requests, "peak_running": self.peak_running}
-        return {**vars(self.args), "version": VERSION, "pid": os.getpid(), "internal_states": [state]}
+        capacity = self.args.max_total_tokens or 2**20
+        return {
+            **vars(self.args),
+            "version": VERSION,
+            "pid": os.getpid(),
+            "max_total_num_tokens": min(capacity, self.behaviour.max_capacity or capacity),
+            "internal_states": [state],
+        }
 
     def generate(self, rid: str, input_ids: list[int], sampling: dict[str, Any]) -> dict[str, Any]:
         """One answer as `/generate` gives it. Raises: ValueError for what SGLang refuses."""
@@ -134,7 +141,7 @@ class Server(ThreadingHTTPServer):
             "completion_tokens": len(answer.token_ids),
             "cached_tokens": 0,
             "e2e_latency": time.monotonic() - started_at,
-            **(self._draft_figures(answer) if self.is_speculative else {}),
+            **(self._draft_figures(answer) if self.is_speculative and not self.behaviour.hides_draft_figures else {}),
         }
         return {"text": "", "output_ids": answer.token_ids, "meta_info": meta_info}
 
@@ -185,7 +192,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.path == "/flush_cache":
+        if self.path.partition("?")[0] == "/flush_cache":
+            self.server.note(event="flush", pid=os.getpid())
             self.send(200, "Cache flushed.\n")
         elif self.path == "/generate":
             self._generate(body)
