@@ -45,6 +45,8 @@ KEEPALIVE_S = 2.0
 MAX_SESSIONS = 2**16
 """Whose server is remembered."""
 RETRIED_STATUS = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})
+DUPLICATE = "Duplicate request ID"
+"""SGLang's words for a `rid` that it still works on, with status 400."""
 
 
 class Reply(NamedTuple):
@@ -194,14 +196,14 @@ class Client:
             try:
                 response = await self._watched(replica, url, self._post(url, content), timeout_s)
                 return _reply(response, time.monotonic() - sent_at, attempt)
-            except (aiohttp.ClientError, TimeoutError, _ServerFault) as error:
+            except (aiohttp.ClientError, OSError, _ServerFault) as error:
                 fault = error
             await replica.ensure_alive(url, f"request {rid}, attempt {attempt} of {MAX_ATTEMPTS}: {fault!r}")
             await asyncio.sleep(random.uniform(0, min(MAX_BACKOFF_S, BACKOFF_S * 2**attempt)))
         raise RequestFailed(f"{MAX_ATTEMPTS} attempts failed, the last one with {fault!r}") from fault
 
     async def _post(self, url: str, content: bytes) -> _Response:
-        """The response's status and body. Raises: aiohttp.ClientError, TimeoutError."""
+        """The response's status and body. Raises: aiohttp.ClientError, OSError."""
         async with self._http.post(f"{url}/generate", data=content) as response:
             return _Response(response.status, await response.read())
 
@@ -218,8 +220,9 @@ class Client:
             while True:
                 silent_at = max(sent_at, replica.heard_at) + SILENCE_S
                 if (await asyncio.wait((task,), timeout=max(0.0, silent_at - time.monotonic())))[0]:
+                    response = task.result()
                     replica.heard_at = time.monotonic()
-                    return task.result()
+                    return response
                 if time.monotonic() - sent_at > timeout_s:
                     raise TimeoutError(f"no answer for {timeout_s:.0f} s")
                 if time.monotonic() - max(sent_at, replica.heard_at) >= SILENCE_S:
@@ -232,12 +235,14 @@ class Client:
 
 def _reply(response: _Response, elapsed_s: float, num_attempts: int) -> Reply:
     """What the response says. Raises: RequestRefused, _ServerFault."""
-    status, body = response
-    if 400 <= status < 500 and status not in RETRIED_STATUS:
-        raise RequestRefused(f"refused with status {status}: {body.decode(errors='replace')}")
-    if status != HTTPStatus.OK:
-        raise _ServerFault(f"status {status}: {body.decode(errors='replace')}")
-    answer = json.loads(body)
+    if response.status != HTTPStatus.OK:
+        message = f"status {response.status}: {response.body.decode(errors='replace')}"
+        is_final = 400 <= response.status < 500 and response.status not in RETRIED_STATUS
+        # A server that outlives its client works on a request until it notices, and the next client asks again.
+        if is_final and DUPLICATE not in message:
+            raise RequestRefused(f"refused with {message}")
+        raise _ServerFault(message)
+    answer = json.loads(response.body)
     meta = answer["meta_info"]
     finish = meta["finish_reason"]
     if finish["type"] == "abort":

@@ -202,6 +202,24 @@ def test_a_request_that_a_living_server_forgot_is_asked_again(tmp_path: Path, mo
     assert outcome.result.meta["id"] == "r-0#2"
 
 
+def test_a_request_that_a_dead_client_left_behind_is_asked_again_under_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "BACKOFF_S", 0.001)
+    slow = Job("r", [1], {**GREEDY, "ignore_eos": True})
+    with serving(tmp_path, Behaviour(step_delay_s=0.1)) as servers:
+        # As the server sees a client that was killed: it goes on for a while.
+        left_behind = completed(servers, iter([slow]), max_in_flight=1)
+        pending = threading.Thread(target=lambda: list(left_behind), daemon=True)
+        pending.start()
+        while server_info(servers[0].url)["internal_states"][0]["num_requests"] < 1:
+            time.sleep(0.01)
+        [outcome] = completed(servers, iter([slow]), max_in_flight=1)
+        pending.join()
+    assert isinstance(outcome.result, Reply)
+    assert outcome.result.meta["id"] == "r#2"
+
+
 def test_a_server_that_dies_every_time_ends_the_work(tmp_path: Path) -> None:
     with (
         serving(tmp_path, Behaviour(die_after=5), max_restarts=1) as servers,
