@@ -15,7 +15,11 @@ T tokens of a shard or of a document, U teaching tokens of it, L captured layers
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +31,7 @@ from torch import Tensor
 
 from specforge_core.artifacts import PARTIAL_SUFFIX, file_sha256, write_atomically
 from specforge_core.data.float8 import quantised
+from specforge_core.data.packed_file import PackedFile, Rows
 from specforge_core.drafts.base import TargetHead
 from specforge_core.drafts.rows import is_teaching
 from specforge_core.facts import Record
@@ -40,6 +45,8 @@ CONFIG_NAME = "config.json"
 IDS_KEY = "document_ids"
 TOKEN_OFFSETS = "document_offsets"
 TEACHING_OFFSETS = "teaching_offsets"
+NUM_COPIERS = 3
+"""Threads that write to one shard, and documents that wait for them."""
 
 
 class ShardRecord(Record):
@@ -112,6 +119,16 @@ def plan_shards(lengths: Sequence[int], tokens_per_shard: int) -> list[range]:
     return shards
 
 
+class FilledShard(NamedTuple):
+    """A shard that the kernel has, but maybe not yet the disk."""
+
+    number: int
+    partial: Path
+    num_documents: int
+    num_tokens: int
+    num_loss_tokens: int
+
+
 class FeatureWriter:
     """Writes a feature directory shard by shard; after an interruption it goes on behind the last finished one."""
 
@@ -124,46 +141,68 @@ class FeatureWriter:
             if found.model_copy(update={"shards": ()}) != index:
                 raise ValueError(f"{directory} was begun with other features ({found}); delete it or name another one")
             self.index = found
+        self._finished: dict[int, ShardRecord] = {}
+        self._lock = threading.Lock()
 
     def write(self, documents: Sequence[Document], features: Iterable[TargetFeatures]) -> ShardRecord:
         """The record of a new shard of these documents, once it is safe on disk; `features` in the same order."""
-        name = f"shard-{len(self.index.shards):05d}.safetensors"
-        record = self._write_shard(self.directory / name, documents, features)
-        # A shard counts once the index names it; one that was cut short before that is simply written again.
-        self.index = self.index.model_copy(update={"shards": (*self.index.shards, record)})
-        write_atomically(self.directory / INDEX_NAME, self.index.model_dump_json(indent=1) + "\n")
-        return record
+        return self.finish(self.fill(len(self.index.shards), documents, features))
 
-    def _write_shard(
-        self, path: Path, documents: Sequence[Document], features: Iterable[TargetFeatures]
-    ) -> ShardRecord:
+    def fill(self, number: int, documents: Sequence[Document], features: Iterable[TargetFeatures]) -> FilledShard:
+        """Shard number `number`, to be finished. Each document's features are let go of as soon as they are written."""
         token_offsets = _offsets(len(document.input_ids_T) for document in documents)
         teaching_offsets = _offsets(int(teaching_in_document(document.loss_mask_T).sum()) for document in documents)
-        tensors = {TOKEN_OFFSETS: token_offsets, TEACHING_OFFSETS: teaching_offsets}
         places = zip(documents, pairwise(token_offsets.tolist()), pairwise(teaching_offsets.tolist()), strict=True)
-        for (document, tokens, teaching), captured in zip(places, features, strict=True):
-            for name, part in _encoded(document, captured, self.index.dtype).items():
-                start, stop = teaching if name in OVER_TEACHING else tokens
-                assert len(part) == stop - start, f"{document.id}: {len(part)} rows of {name} for {stop - start} tokens"
-                if name not in tensors:
-                    # Filled in place: a shard of a large target is gigabytes, and is never held twice.
-                    num_rows = (teaching_offsets if name in OVER_TEACHING else token_offsets)[-1]
-                    tensors[name] = torch.empty(int(num_rows), *part.shape[1:], dtype=part.dtype)
-                tensors[name][start:stop] = part
-        ids = json.dumps([document.id for document in documents])
-        partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
-        save_file(tensors, partial, metadata={IDS_KEY: ids})
-        with partial.open("rb") as file:
+        partial = self.directory / f".{_shard_name(number)}{PARTIAL_SUFFIX}"
+        metadata = {IDS_KEY: json.dumps([document.id for document in documents])}
+        pending: deque[Future[None]] = deque()
+        # The copiers end before their file is closed.
+        with _removed_on_error(partial), ExitStack() as stack, ThreadPoolExecutor(NUM_COPIERS) as pool:
+            file = None
+            for (document, tokens, teaching), captured in zip(places, features, strict=True):
+                parts = _encoded(document, captured, self.index.dtype)
+                if file is None:
+                    offsets = {TOKEN_OFFSETS: token_offsets, TEACHING_OFFSETS: teaching_offsets}
+                    file = stack.enter_context(PackedFile(partial, _tensors(parts, offsets), metadata))
+                    for name, tensor in offsets.items():
+                        file.write(name, 0, tensor)
+                for name, part in parts.items():
+                    start, stop = teaching if name in OVER_TEACHING else tokens
+                    assert len(part) == stop - start, (
+                        f"{document.id}: {len(part)} rows of {name} for {stop - start} tokens"
+                    )
+                pending.append(pool.submit(_write_parts, file, parts, tokens[0], teaching[0]))
+                if len(pending) > NUM_COPIERS:
+                    pending.popleft().result()
+                # Of a document that is on its way to the disk only the copier still has the features.
+                del captured, parts
+            for copied in pending:
+                copied.result()
+        num_loss_tokens = sum(int(document.loss_mask_T.sum()) for document in documents)
+        return FilledShard(number, partial, len(documents), int(token_offsets[-1]), num_loss_tokens)
+
+    def finish(self, filled: FilledShard) -> ShardRecord:
+        """The record of the shard, safe on disk. Threads may finish several at once, in any order."""
+        with filled.partial.open("rb") as file:
             os.fsync(file.fileno())
-        partial.replace(path)
-        return ShardRecord(
+        path = self.directory / _shard_name(filled.number)
+        record = ShardRecord(
             name=path.name,
-            size_bytes=path.stat().st_size,
-            sha256=file_sha256(path),
-            num_documents=len(documents),
-            num_tokens=int(token_offsets[-1]),
-            num_loss_tokens=sum(int(document.loss_mask_T.sum()) for document in documents),
+            size_bytes=filled.partial.stat().st_size,
+            sha256=file_sha256(filled.partial),
+            num_documents=filled.num_documents,
+            num_tokens=filled.num_tokens,
+            num_loss_tokens=filled.num_loss_tokens,
         )
+        filled.partial.replace(path)
+        with self._lock:
+            self._finished[filled.number] = record
+            # A shard counts once the index names it; one that was cut short before that is simply written again.
+            while (number := len(self.index.shards)) in self._finished:
+                shards = (*self.index.shards, self._finished.pop(number))
+                self.index = self.index.model_copy(update={"shards": shards})
+                write_atomically(self.directory / INDEX_NAME, self.index.model_dump_json(indent=1) + "\n")
+        return record
 
 
 class Shard:
@@ -253,6 +292,33 @@ def load_target_config(directory: Path) -> dict[str, Any]:
     """The target's text config, as saved by `save_target`."""
     config: dict[str, Any] = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
     return config
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+@contextmanager
+def _removed_on_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _tensors(parts: Mapping[str, Tensor], offsets: Mapping[str, Tensor]) -> dict[str, Rows]:
+    """What a shard's tensors will be, by the parts of one of its documents."""
+    num_tokens, num_teaching = (int(offsets[name][-1]) for name in (TOKEN_OFFSETS, TEACHING_OFFSETS))
+    whole = {name: Rows(len(tensor), (), tensor.dtype) for name, tensor in offsets.items()}
+    for name, part in parts.items():
+        whole[name] = Rows(num_teaching if name in OVER_TEACHING else num_tokens, tuple(part.shape[1:]), part.dtype)
+    return whole
+
+
+def _write_parts(file: PackedFile, parts: Mapping[str, Tensor], token: int, teaching: int) -> None:
+    for name, part in parts.items():
+        file.write(name, teaching if name in OVER_TEACHING else token, part)
 
 
 def _offsets(lengths: Iterable[int]) -> Tensor:

@@ -2,7 +2,11 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,52 +14,67 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from specforge_core.benchmark.server import Server, gpu_groups, server_info
+from specforge_core.benchmark.server_flags import target_options
+from specforge_core.benchmark.stage_servers import stage_servers
 from specforge_core.data.conversations import scan_columns
 from specforge_core.data.shards import (
     Document,
     FeatureIndex,
     FeatureWriter,
+    ShardRecord,
     plan_shards,
     save_target,
     teaching_in_document,
 )
 from specforge_core.drafts import ALGORITHMS
 from specforge_core.facts import HiddenStates
+from specforge_core.gpus import visible_devices
 from specforge_core.progress import progress
 from specforge_core.stages import CaptureSpec
 from specforge_core.targets import CaptureRequest, TargetFeatures
+from specforge_core.targets.handover import Handover, Layout, Traffic, captured
 from specforge_core.targets.hf import HFTarget
+from specforge_core.targets.weights import TargetFiles
 
 logger = logging.getLogger(__name__)
+
+MAX_UNFINISHED = 2
+"""Shards on their way to the disk while the next one is filled."""
+
+
+FeaturesOf = Callable[[Sequence[Document]], Iterable[TargetFeatures]]
 
 
 def main(spec: CaptureSpec, out: Path) -> HiddenStates:
     """Capture every conversation into `out`; finished shards of an interrupted run are kept."""
     lengths = document_lengths(spec.conversations, spec.max_document_tokens)
-    target = HFTarget(spec.target, device=spec.device)
+    is_served = spec.engine.name == "sglang"
+    target = TargetFiles(spec.target) if is_served else HFTarget(spec.target, device=spec.device)
     layers = ALGORITHMS[spec.algorithm].capture_layers(spec.aux_layers, target.num_layers)
     save_target(out, portable_config(target.config), target.load_target_head())
-    index = FeatureIndex(layers=layers, hidden_size=target.config.hidden_size, dtype=spec.features.dtype)
-    writer = FeatureWriter(out, index)
-    finished = writer.index.shards
-    if finished:
-        logger.info("going on behind %d finished shards", len(finished))
-    finished_tokens = sum(shard.num_tokens for shard in finished)
-    num_finished = sum(shard.num_documents for shard in finished)
-    documents = islice(supervised_documents(spec.conversations, spec.max_document_tokens), num_finished, None)
-    with progress(desc="capture", total=sum(lengths), unit="token", initial=finished_tokens) as bar:
-        # Each shard is captured for itself, so its bytes do not depend on where an interrupted run went on.
-        for planned in plan_shards(lengths, spec.features.tokens_per_shard)[len(finished) :]:
-            batch = list(islice(documents, len(planned)))
-            requests = [CaptureRequest(doc.input_ids_T, teaching_in_document(doc.loss_mask_T)) for doc in batch]
-            features = target.capture(requests, layers, batch_tokens=spec.batch_tokens)
-            writer.write(batch, _counted(features, bar))
+    writer = FeatureWriter(
+        out, FeatureIndex(layers=layers, hidden_size=target.config.hidden_size, dtype=spec.features.dtype)
+    )
+    num_finished = len(writer.index.shards)
+    if num_finished:
+        logger.info("going on behind %d finished shards", num_finished)
+    todo = plan_shards(lengths, spec.features.tokens_per_shard)[num_finished:]
+    with ExitStack() as stack:
+        features_of: FeaturesOf
+        if isinstance(target, HFTarget):
+            features_of = partial(_in_process, target, layers, spec.batch_tokens)
+        elif todo:
+            layout = Layout(layers, target.config.hidden_size, getattr(torch, spec.target.dtype))
+            features_of = stack.enter_context(_served(spec, out, layout, lengths, todo[0].start))
+        if todo:
+            _write_shards(spec, writer, todo, features_of, sum(lengths))
     records = writer.index.shards
     facts = HiddenStates(
         layers=layers,
         num_target_layers=target.num_layers,
-        hidden_size=index.hidden_size,
-        dtype=index.dtype,
+        hidden_size=target.config.hidden_size,
+        dtype=spec.features.dtype,
         num_documents=sum(record.num_documents for record in records),
         num_tokens=sum(record.num_tokens for record in records),
         num_loss_tokens=sum(record.num_loss_tokens for record in records),
@@ -64,6 +83,82 @@ def main(spec: CaptureSpec, out: Path) -> HiddenStates:
     size_gib = sum(record.size_bytes for record in records) / 2**30
     logger.info("captured layers %s of %d tokens into %.2f GiB", list(layers), facts.num_tokens, size_gib)
     return facts
+
+
+def _write_shards(
+    spec: CaptureSpec, writer: FeatureWriter, todo: Sequence[range], features_of: FeaturesOf, num_tokens: int
+) -> None:
+    """Fill one shard after the other; meanwhile the ones before go to the disk and are hashed."""
+    finished_tokens = sum(shard.num_tokens for shard in writer.index.shards)
+    documents = islice(supervised_documents(spec.conversations, spec.max_document_tokens), todo[0].start, None)
+    unfinished: deque[Future[ShardRecord]] = deque()
+    with (
+        progress(desc="capture", total=num_tokens, unit="token", initial=finished_tokens) as bar,
+        ThreadPoolExecutor(MAX_UNFINISHED, thread_name_prefix="finish") as pool,
+    ):
+        for number, planned in enumerate(todo, len(writer.index.shards)):
+            batch = list(islice(documents, len(planned)))
+            filled = writer.fill(number, batch, _counted(features_of(batch), bar))
+            unfinished.append(pool.submit(writer.finish, filled))
+            while unfinished and (len(unfinished) > MAX_UNFINISHED or unfinished[0].done()):
+                unfinished.popleft().result()
+        for shard in unfinished:
+            shard.result()
+
+
+def _in_process(
+    target: HFTarget, layers: tuple[int, ...], batch_tokens: int, documents: Sequence[Document]
+) -> Iterator[TargetFeatures]:
+    """Features of a shard's documents. Captured for itself, its bytes do not depend on where a run went on."""
+    return target.capture(map(_request, documents), layers, batch_tokens=batch_tokens)
+
+
+@contextmanager
+def _served(spec: CaptureSpec, out: Path, layout: Layout, lengths: Sequence[int], first: int) -> Iterator[FeaturesOf]:
+    """What gives the features of the next documents, out of one stream over all of them from document `first` on.
+
+    So servers work on the documents of the next shard while one ends.
+    """
+    longest = max(lengths[first:])
+    documents = islice(supervised_documents(spec.conversations, spec.max_document_tokens), first, None)
+    engine = spec.engine
+    num_servers = len(gpu_groups(visible_devices(), engine.tensor_parallel))
+    traffic = Traffic(longest, spec.batch_tokens, num_servers)
+    with Handover(layout, traffic, fallback=out) as handover:
+        options = {
+            **target_options(
+                spec.target,
+                tensor_parallel=engine.tensor_parallel,
+                max_running_requests=engine.max_running_requests,
+                mem_fraction_static=engine.mem_fraction_static,
+            ),
+            **handover.options,
+        }
+        with (
+            stage_servers(
+                engine, options, name="capture", directory=out, environment=handover.environment, allow_urls=False
+            ) as servers,
+            closing(captured(handover, servers, map(_request, documents))) as stream,
+        ):
+            refuse_longer(servers, longest)
+            yield lambda batch: islice(stream, len(batch))
+
+
+def refuse_longer(servers: Sequence[Server], num_tokens: int) -> None:
+    """Raises: ValueError if a server does not take a document of that length."""
+    for server in servers:
+        # Newer or older servers may not say; then they refuse the document itself.
+        limit = server_info(server.url).get("max_req_input_len")
+        if limit is not None and num_tokens >= limit:
+            raise ValueError(
+                f"the longest document has {num_tokens} tokens, the server takes less than {limit} (the context of the "
+                "target, or the room for keys and values): lower training.max_document_tokens, or raise "
+                "engine.mem_fraction_static"
+            )
+
+
+def _request(document: Document) -> CaptureRequest:
+    return CaptureRequest(document.input_ids_T, teaching_in_document(document.loss_mask_T))
 
 
 def read_documents(conversations: Path) -> Iterator[Document]:
@@ -118,6 +213,6 @@ def portable_config(config: PretrainedConfig) -> dict[str, Any]:
 
 def _counted(features: Iterable[TargetFeatures], bar: Any) -> Iterator[TargetFeatures]:
     """The same, moving the bar by each document's tokens."""
-    for captured in features:
-        yield captured
-        bar.update(len(captured.aux_hidden_TLD))
+    for of_document in features:
+        yield of_document
+        bar.update(len(of_document.aux_hidden_TLD))

@@ -1,5 +1,6 @@
 """Who answers: a made-up target that costs nothing, or a real one in this process."""
 
+import argparse
 import itertools
 import json
 import random
@@ -93,17 +94,29 @@ class ScriptedAnswers:
 class ModelAnswers:
     """The target of a folder, one request at a time, with an EAGLE-3 draft if there is one."""
 
-    def __init__(self, model_path: str, dtype: str, *, draft_path: str | None, num_draft_steps: int) -> None:
+    def __init__(self, args: argparse.Namespace, *, num_draft_steps: int) -> None:
         # Seconds of imports that a scripted server does without.
         from specforge_core.decoding.eagle3_drafter import load_eagle3_drafter
         from specforge_core.stages import ResolvedTarget
         from specforge_core.targets.hf import HFTarget
 
-        dtype = "float32" if dtype == "auto" else dtype
-        self._target = HFTarget(ResolvedTarget(model=model_path, content_id="served", dtype=dtype), device="cpu")
+        dtype = "float32" if args.dtype in (None, "auto") else args.dtype
+        self._target = HFTarget(ResolvedTarget(model=args.model_path, content_id="served", dtype=dtype), device="cpu")
+        draft_path = getattr(args, "speculative_draft_model_path", None)
         self._drafter = load_eagle3_drafter(Path(draft_path), self._target) if draft_path else None
         self._num_draft_steps = num_draft_steps
         self._lock = threading.Lock()
+        self._forwards = None
+        if getattr(args, "forward_hooks", None):
+            from tests.sglang_like.hooked import HookedForwards
+
+            assert args.disable_radix_cache, "this server has no cache that a hook would not see"
+            self._forwards = HookedForwards(
+                self._target,
+                json.loads(args.forward_hooks),
+                chunk_tokens=args.chunked_prefill_size or -1,
+                max_tokens=args.max_prefill_tokens,
+            )
         self.vocab_size = self._target.config.vocab_size
         self.context_length = self._target.config.max_position_embeddings
 
@@ -111,6 +124,8 @@ class ModelAnswers:
         from specforge_core.decoding.speculative import generate
         from specforge_core.targets import GenerationRequest, Sampling
 
+        if self._forwards is not None:
+            self._forwards.compute(rid, input_ids)
         if sampling.get("max_new_tokens") == 0:
             return Answer([], finish_reason(False, []), 0, [])
         wanted = Sampling(

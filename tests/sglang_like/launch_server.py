@@ -19,9 +19,12 @@ from tests.sglang_like.answers import Answer, Answers, ModelAnswers, ScriptedAns
 logger = logging.getLogger("sglang_like")
 
 VERSION = "0.5.14"
+MARGIN = 6
+"""Tokens of the context that a prompt may not take."""
 SWITCHES = (
     "--skip-server-warmup --enable-metrics --trust-remote-code --disable-radix-cache --disable-cuda-graph "
-    "--disable-overlap-schedule --skip-tokenizer-init --enable-deterministic-inference"
+    "--disable-overlap-schedule --enforce-disable-flashinfer-allreduce-fusion --skip-tokenizer-init "
+    "--enable-deterministic-inference"
 ).split()
 INTEGERS = (
     "--port --max-running-requests --max-total-tokens --cuda-graph-max-bs-decode --cuda-graph-max-bs "
@@ -92,6 +95,7 @@ class Server(ThreadingHTTPServer):
             **vars(self.args),
             "version": VERSION,
             "pid": os.getpid(),
+            "max_req_input_len": self.answers.context_length - MARGIN,
             "max_total_num_tokens": min(capacity, self.behaviour.max_capacity or capacity),
             "internal_states": [state],
         }
@@ -265,8 +269,7 @@ def main() -> None:
     num_draft_steps = args.speculative_num_steps or 0 if getattr(args, "speculative_algorithm", None) else 0
     answers: Answers
     if behaviour.answers == "model":
-        draft = getattr(args, "speculative_draft_model_path", None)
-        answers = ModelAnswers(args.model_path, args.dtype or "auto", draft_path=draft, num_draft_steps=num_draft_steps)
+        answers = ModelAnswers(args, num_draft_steps=num_draft_steps)
     else:
         answers = ScriptedAnswers(args.model_path, num_draft_steps=num_draft_steps)
     server = Server(args, behaviour, answers)
