@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +58,10 @@ class Journal:
 
     def __len__(self) -> int:
         return len(self._offsets)
+
+    def __iter__(self) -> Iterator[str]:
+        """Ids of the requests, in the order of their answers."""
+        return iter(self._offsets)
 
     def __getitem__(self, request_id: str) -> Exchange:
         """What was asked and answered. Raises: KeyError if it is not there."""

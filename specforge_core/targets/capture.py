@@ -68,7 +68,7 @@ def main(spec: CaptureSpec, out: Path) -> HiddenStates:
             layout = Layout(layers, target.config.hidden_size, getattr(torch, spec.target.dtype))
             features_of = stack.enter_context(_served(spec, out, layout, lengths, todo[0].start))
         if todo:
-            _write_shards(spec, writer, todo, features_of, sum(lengths))
+            write_shards(spec, writer, todo, features_of, sum(lengths))
     records = writer.index.shards
     facts = HiddenStates(
         layers=layers,
@@ -85,7 +85,7 @@ def main(spec: CaptureSpec, out: Path) -> HiddenStates:
     return facts
 
 
-def _write_shards(
+def write_shards(
     spec: CaptureSpec, writer: FeatureWriter, todo: Sequence[range], features_of: FeaturesOf, num_tokens: int
 ) -> None:
     """Fill one shard after the other; meanwhile the ones before go to the disk and are hashed."""
@@ -110,7 +110,7 @@ def _in_process(
     target: HFTarget, layers: tuple[int, ...], batch_tokens: int, documents: Sequence[Document]
 ) -> Iterator[TargetFeatures]:
     """Features of a shard's documents. Captured for itself, its bytes do not depend on where a run went on."""
-    return target.capture(map(_request, documents), layers, batch_tokens=batch_tokens)
+    return target.capture(map(capture_request, documents), layers, batch_tokens=batch_tokens)
 
 
 @contextmanager
@@ -138,7 +138,7 @@ def _served(spec: CaptureSpec, out: Path, layout: Layout, lengths: Sequence[int]
             stage_servers(
                 engine, options, name="capture", directory=out, environment=handover.environment, allow_urls=False
             ) as servers,
-            closing(captured(handover, servers, map(_request, documents))) as stream,
+            closing(captured(handover, servers, map(capture_request, documents))) as stream,
         ):
             refuse_longer(servers, longest)
             yield lambda batch: islice(stream, len(batch))
@@ -157,7 +157,8 @@ def refuse_longer(servers: Sequence[Server], num_tokens: int) -> None:
             )
 
 
-def _request(document: Document) -> CaptureRequest:
+def capture_request(document: Document) -> CaptureRequest:
+    """What a target is to compute of a document."""
     return CaptureRequest(document.input_ids_T, teaching_in_document(document.loss_mask_T))
 
 
