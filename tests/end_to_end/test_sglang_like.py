@@ -192,22 +192,38 @@ def num_starts(journal: Path) -> int:
     return sum(line["event"] == "start" for line in read_journal(journal))
 
 
-@pytest.mark.parametrize("stage", ["regenerate", "capture"])
+def sums(result: BenchmarkResult) -> list[tuple[object, ...]]:
+    """All of a result that does not depend on time."""
+    return [
+        (one.suite, one.serving, one.num_output_tokens, one.num_verify_steps, one.accepted_by_position, one.lossless)
+        for one in result.measurements
+    ]
+
+
+@pytest.mark.parametrize(("stage", "usual_starts"), [("regenerate", 1), ("capture", 1), ("benchmark", 3)])
 def test_a_server_that_is_killed_in_a_stage_changes_nothing(
-    artifacts: BuildArtifacts, build: EntryBuild, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifacts: BuildArtifacts,
+    build: EntryBuild,
+    stage: str,
+    usual_starts: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     journal = tmp_path / "journal"
     # The first server dies of SIGKILL in the middle, its successor lives.
     behaviour = Behaviour(answers="model", journal=str(journal), die_after=NUM_PROMPTS // 2, num_faulty_starts=1)
     use_servers(monkeypatch, tmp_path, behaviour)
-    if stage == "regenerate":
-        again, undisturbed = run_again(regenerate_spec(build.recipe), build.recipe, tmp_path), artifacts.conversations
-        assert rows_of(again) == rows_of(undisturbed)
+    made = {artifact.stage: artifact for artifact in artifacts}
+    spec = STEPS[stage].make_spec(build.recipe, *(made[name] for name in STEPS[stage].reads))
+    again = run_again(spec, build.recipe, tmp_path)
+    if isinstance(again.facts, BenchmarkResult):
+        assert sums(again.facts) == sums(artifacts.benchmark.facts)
+        assert again.facts.servers["baseline"].num_restarts == 1
     else:
-        spec = capture_spec(build.recipe, artifacts.conversations)
-        again, undisturbed = run_again(spec, build.recipe, tmp_path), artifacts.hidden_states
-    assert again.facts == undisturbed.facts
-    assert num_starts(journal) == 2
+        assert again.facts == made[stage].facts
+    if stage == "regenerate":
+        assert rows_of(again) == rows_of(artifacts.conversations)
+    assert num_starts(journal) == usual_starts + 1
 
 
 def test_a_stage_whose_servers_die_for_good_says_why_and_where_their_log_is(
