@@ -37,9 +37,11 @@ def _servers_of_the_tests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
     # Several servers on few cores: threads that wait for each other take minutes.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     behave(monkeypatch, tmp_path)
-    before = set(handover.MEMORY.glob("*specbundle*"))
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    monkeypatch.setattr(handover, "MEMORY", memory)
     yield
-    assert set(handover.MEMORY.glob("*specbundle*")) <= before, "a folder was left in memory"
+    assert list(memory.iterdir()) == [], "a folder was left in memory"
 
 
 def behave(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **faults: int) -> None:
@@ -168,12 +170,15 @@ def test_a_killed_stage_goes_on_behind_its_finished_shards_and_leaves_nothing_in
     killed.mkdir()
     (tmp_path / "spec.json").write_text(spec.model_dump_json())
     program = (
-        "import sys; from specforge_core.benchmark import server; server.SGLANG_MODULE = sys.argv.pop(1);"
+        "import sys; from pathlib import Path; from specforge_core.benchmark import server;"
+        "from specforge_core.targets import handover; handover.MEMORY = Path(sys.argv.pop(1));"
+        "server.SGLANG_MODULE = sys.argv.pop(1);"
         "from specforge_core.__main__ import main; sys.exit(main())"
     )
-    command = [sys.executable, "-c", program, MODULE, "capture", "--spec", str(tmp_path / "spec.json")]
+    command = [sys.executable, "-c", program, str(handover.MEMORY), MODULE]
     behave(monkeypatch, tmp_path, die_after=40)
-    stage = subprocess.Popen([*command, "--out", str(killed)], start_new_session=True)
+    words = ["capture", "--spec", str(tmp_path / "spec.json"), "--out", str(killed)]
+    stage = subprocess.Popen([*command, *words], start_new_session=True)
     try:
         deadline = time.monotonic() + 60
         while not (killed / "index.json").exists() and time.monotonic() < deadline:
