@@ -68,11 +68,11 @@ def use_servers(monkeypatch: pytest.MonkeyPatch, directory: Path, behaviour: Beh
     monkeypatch.setattr(stage_module, "device_lock_dir", lambda: directory / "devices")
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+def make_entry() -> ManifestEntry:
+    """The demo's target, few prompts, every way to measure."""
     train = PromptSource(dataset="builtin:demo", split="train", limit=NUM_PROMPTS)
     held_out = PromptSource(dataset="builtin:demo", split="heldout", config="arithmetic", limit=NUM_TEST_PROMPTS)
-    entry = ManifestEntry(
+    return ManifestEntry(
         name="served",
         target=TargetConfig(model=str(DEMO_TARGET)),
         draft=Eagle3Config(num_steps=3, draft_vocab_size=128),
@@ -95,7 +95,12 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         ),
         gates=GatesConfig(min_speedup=0.0),
     )
-    made = make_recipe(entry, base_dir=REPO_ROOT, store=tmp_path_factory.mktemp("digests"), gpus=(), environ={})
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    store = tmp_path_factory.mktemp("digests")
+    made = make_recipe(make_entry(), base_dir=REPO_ROOT, store=store, gpus=(), environ={})
     # SGLang has no float32; the server of the tests has, and there are no near-ties in it.
     return made.model_copy(update={"target": made.target.model_copy(update={"dtype": "float32"})})
 
