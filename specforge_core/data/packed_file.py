@@ -63,8 +63,9 @@ class PackedFile:
         start = len(text).to_bytes(8, "little") + text
         self._data_begins = len(start)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        # The disk's blocks at once: rows are written faster into them, and a full disk is known before the work.
+        os.posix_fallocate(self._file, 0, len(start) + end)
         os.pwrite(self._file, start, 0)
-        os.ftruncate(self._file, len(start) + end)
 
     def __enter__(self) -> "PackedFile":
         return self

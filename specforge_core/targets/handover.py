@@ -32,6 +32,7 @@ from torch import Tensor
 from specforge_core.benchmark.client import Job, Reply, RequestFailed, RequestRefused, completed
 from specforge_core.benchmark.server import Server
 from specforge_core.benchmark.server_flags import Options
+from specforge_core.data.shards import NUM_COPIERS
 from specforge_core.targets import CaptureRequest, TargetFeatures, sglang_hook
 from specforge_core.targets.sglang_hook import ERROR_NAME, Wanted, overlap, piece_name, request_id, wanted
 
@@ -48,6 +49,8 @@ MAX_REQUESTS = 256
 """In flight for each server, however short they are."""
 ROOM_SHARE = 0.8
 """Of the free space; others write there too."""
+HELD_DOCUMENTS = NUM_COPIERS + 1
+"""Longest ones that are no more in flight, but still mapped: a shard is being filled with them."""
 NUM_WRITERS = 4
 WAIT_S = 30.0
 """For the files of a request that has been answered."""
@@ -169,22 +172,20 @@ class Handover:
             "ring_bytes": RING_BATCHES * self._traffic.forward_tokens * self._layout.token_bytes,
             "num_threads": NUM_WRITERS,
         }
-        layers = [
-            {
-                "name": f"capture layer {layer}",
-                "target_modules": [pattern.format(layer) for pattern in LAYER_PATTERNS],
-                "hook_factory": f"{HOOK_MODULE}:layer_hook",
-                "config": {**config, "layer": layer},
+
+        def spec(factory: str, patterns: Iterable[str], **more: int) -> dict[str, object]:
+            return {
+                "name": " ".join(["capture", *map(str, more.values())]),
+                "target_modules": list(patterns),
+                "hook_factory": f"{HOOK_MODULE}:{factory}",
+                "config": {**config, **more},
             }
+
+        layers = [
+            spec("layer_hook", (pattern.format(layer) for pattern in LAYER_PATTERNS), layer=layer)
             for layer in self._layout.layers
         ]
-        end = {
-            "name": "capture",
-            "target_modules": list(END_PATTERNS),
-            "hook_factory": f"{HOOK_MODULE}:forward_hook",
-            "config": config,
-        }
-        return json.dumps([*layers, end])
+        return json.dumps([*layers, spec("forward_hook", END_PATTERNS)])
 
     def rid(self, index: int, is_teaching_T: Tensor) -> str:
         """The id of the request for document number `index`."""
@@ -368,11 +369,12 @@ def _make_folder(parent: Path) -> _Folder:
 
 
 def _choose(parents: Sequence[Path], token_bytes: int, *, most: int, least: int) -> _Room:
-    """The first folder with room for `most` tokens, else for half of that, and so on down to `least`.
+    """The first folder with room for `most` tokens in flight, else for half of that, and so on down to `least`.
 
-    Raises: ValueError if there is none.
+    Args: least: of the longest document. Raises: ValueError if there is none.
     """
-    free = {parent: int(ROOM_SHARE * shutil.disk_usage(parent).free) for parent in parents}
+    held_bytes = HELD_DOCUMENTS * least * token_bytes
+    free = {parent: int(ROOM_SHARE * shutil.disk_usage(parent).free) - held_bytes for parent in parents}
     num_tokens = most
     while True:
         for parent, free_bytes in free.items():
@@ -384,10 +386,11 @@ def _choose(parents: Sequence[Path], token_bytes: int, *, most: int, least: int)
                     )  # fmt: skip
                 return _Room(parent, num_tokens)
         if num_tokens == least:
-            sizes = ", ".join(f"{parent} has {size / 2**30:.2f} GiB" for parent, size in free.items())
+            sizes = ", ".join(f"{parent} has {(size + held_bytes) / 2**30:.2f} GiB" for parent, size in free.items())
+            needed = f"{(held_bytes + least * token_bytes) / 2**30:.2f} GiB"
             raise ValueError(
-                f"the longest document's hidden states take {least * token_bytes / 2**30:.2f} GiB on their way, but "
-                f"{sizes} to use: free some, or lower training.max_document_tokens"
+                f"hidden states of documents of {least} tokens take {needed} on their way, but {sizes} to use: free "
+                "some, or lower training.max_document_tokens"
             )
         num_tokens = max(least, num_tokens // 2)
 

@@ -307,16 +307,15 @@ class Capture:
             ring_bytes, num_threads = self._config["ring_bytes"], self._config["num_threads"]
             self._writer = PieceWriter(self._directory, ring_bytes, num_threads, last_hidden_ND.device)
         aux_hidden_NLD = torch.stack([hidden[layer] for layer in self._layers], dim=1)
+        of_teaching = (logsumexp_U, greedy_U, last_hidden_UD)
         written = []
         begin = 0
         for piece, parts in zip(pieces, slices, strict=True):
             end = begin + sum(part.stop - part.start for part in parts)
             aux_hidden_TLD = aux_hidden_NLD[piece.first : piece.first + len(piece.rows)]
-            written.append(
-                (piece, (logsumexp_U[begin:end], greedy_U[begin:end], last_hidden_UD[begin:end], aux_hidden_TLD))
-            )
+            written.append((piece, (*(tensor[begin:end] for tensor in of_teaching), aux_hidden_TLD)))
             begin = end
-        self._writer.write(written, (logsumexp_U, greedy_U, last_hidden_UD, aux_hidden_NLD))
+        self._writer.write(written, (*of_teaching, aux_hidden_NLD))
 
 
 def refuse_scaled_logits(processor: Any) -> None:
@@ -385,18 +384,10 @@ _captures: dict[str, Capture] = {}
 def layer_hook(config: dict[str, Any]) -> Hook:
     """The hook of decoder layer `config["layer"]`; SGLang calls this."""
     capture = _captures.setdefault(config["directory"], Capture(config))
-
-    def hook(module: Any, inputs: Any, output: Any) -> None:
-        capture.keep_layer(config["layer"], module, output)
-
-    return hook
+    return lambda module, inputs, output: capture.keep_layer(config["layer"], module, output)
 
 
 def forward_hook(config: dict[str, Any]) -> Hook:
     """The hook of the logits processor; SGLang calls this."""
     capture = _captures.setdefault(config["directory"], Capture(config))
-
-    def hook(module: Any, inputs: Any, output: Any) -> None:
-        capture.end_forward(module, inputs)
-
-    return hook
+    return lambda module, inputs, output: capture.end_forward(module, inputs)

@@ -53,8 +53,9 @@ def test_files_lie_in_memory_if_there_is_room_and_are_fewer_where_there_is_littl
     in_flight: int,
 ) -> None:
     room = dict(zip(folders, (memory_tokens, disk_tokens), strict=True))
-    # A byte more than needed, because a fifth is left to others.
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(int(room[path] * TOKEN_BYTES / 0.8) + 1))
+    # Four documents of 100 tokens are on their way into a shard, and a fifth of the room is left to others. One byte
+    # more, for the division.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(int((room[path] + 400) * TOKEN_BYTES / 0.8) + 1))
     with Handover(LAYOUT, TRAFFIC, fallback=folders[1]) as opened:
         assert opened.in_flight_tokens == in_flight
         assert [bool(list(folder.iterdir())) for folder in folders] == [in_memory, not in_memory]
