@@ -67,8 +67,9 @@ def test_a_document_without_room_anywhere_is_refused_with_the_numbers(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2**28))
     layout, traffic = Layout((1, 3, 4), 8192, torch.bfloat16), Traffic(8192, 8192, 1)
+    # Five documents of 8,192 tokens with 4 x 8,192 values of bf16 each.
     message = (
-        r"take 0.50 GiB on their way, but .*memory has 0.20 GiB, .*disk has 0.20 GiB to use: .*max_document_tokens"
+        r"take 2.50 GiB on their way, but .*memory has 0.20 GiB, .*disk has 0.20 GiB to use: .*max_document_tokens"
     )
     with (
         pytest.raises(ValueError, match=message),
