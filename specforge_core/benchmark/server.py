@@ -12,6 +12,7 @@ import contextlib
 import http.client
 import json
 import logging
+import random
 import shlex
 import socket
 import threading
@@ -271,21 +272,35 @@ def gpu_groups(gpus: Sequence[str], tensor_parallel: int) -> tuple[tuple[str, ..
     return tuple(tuple(gpus[i * tensor_parallel : (i + 1) * tensor_parallel]) for i in range(num_servers))
 
 
+# Below those that Linux gives to outgoing connections: one of them could take the port while the server starts.
+SERVER_PORTS = range(20_000, 32_768)
+GRPC_PORT_OFFSET = 10_000
+"""SGLang 0.5.14 refuses to start if its port and this make more than 65,535."""
 _given_ports: set[int] = set()
 _ports_lock = threading.Lock()
 
 
 def free_port() -> int:
-    """A free port on the loopback interface that this process has not given out before."""
+    """A port of the loopback interface that is free, as is the one for gRPC that SGLang derives from it.
+
+    This process has not given it out before. Raises: OSError if there is none.
+    """
     with _ports_lock:
-        while True:
-            with socket.socket() as probe:
-                probe.bind((LOOPBACK, 0))
-                port: int = probe.getsockname()[1]
-            # The kernel may offer a port again before the server that it was meant for has taken it.
-            if port not in _given_ports:
+        for port in random.sample(SERVER_PORTS, len(SERVER_PORTS)):
+            # The system may offer a port again before the server that it was meant for has taken it.
+            if port not in _given_ports and all(map(_is_free, (port, port + GRPC_PORT_OFFSET))):
                 _given_ports.add(port)
                 return port
+    raise OSError(f"no port from {SERVER_PORTS[0]} to {SERVER_PORTS[-1]} is free for a server")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            return False
+    return True
 
 
 def _get(url: str, timeout_s: float) -> bytes:

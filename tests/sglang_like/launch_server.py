@@ -259,6 +259,8 @@ def main() -> None:
         with open(behaviour.journal, "a", encoding="utf-8") as journal:
             journal.write(json.dumps({"event": "start", "pid": os.getpid(), "argv": sys.argv[1:]}) + "\n")
     logger.info("server_args=%s", vars(args))
+    if (args.port or 0) + 10_000 >= 2**16:
+        raise ValueError(f"SGLANG_GRPC_PORT ({args.port + 10_000}) must be between 1 and 65535")
     if behaviour.exit_at_start is not None:
         logger.error(behaviour.exit_at_start)
         sys.exit(1)
