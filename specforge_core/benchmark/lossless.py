@@ -5,6 +5,7 @@ best tokens are closer than that, either may win, and the texts differ from ther
 A difference counts as a near-tie only if float32 logits of the same context show it.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -12,6 +13,8 @@ import torch
 
 from specforge_core.stages import ResolvedTarget
 from specforge_core.targets.hf import HFTarget
+
+logger = logging.getLogger(__name__)
 
 Verdict = Literal["identical", "near_tie", "different"]
 
@@ -26,10 +29,10 @@ measured on Llama-3.1-8B in bfloat16. In float32 it is the sums of the matrix pr
 class LosslessCheck:
     """Compares greedy answers of one target. A float32 copy of it is loaded when the first difference asks for it."""
 
-    def __init__(self, spec: ResolvedTarget, target: HFTarget) -> None:
-        self.spec = spec
-        self.target = target
-        self.reference = target if spec.dtype == "float32" else None
+    def __init__(self, spec: ResolvedTarget, *, device: str, loaded: HFTarget | None = None) -> None:
+        """Args: device: for the copy; loaded: the target as it is there already, which serves if it is in float32."""
+        self.spec, self.device = spec, device
+        self.reference = loaded if spec.dtype == "float32" else None
 
     def verdict(self, prompt: Sequence[int], without_draft: Sequence[int], with_draft: Sequence[int]) -> Verdict:
         """How two greedy answers to a prompt (token ids) relate."""
@@ -47,11 +50,22 @@ class LosslessCheck:
     def margin(self, context: Sequence[int], token: int, other_token: int) -> float:
         """How far the worse of two next tokens is below the best token of all, over the largest logit in size."""
         if self.reference is None:
-            self.reference = HFTarget(self.spec.model_copy(update={"dtype": "float32"}), device=str(self.target.device))
-        input_ids_1T = torch.tensor([list(context)], device=self.target.device)
+            self.reference = self._load()
+        input_ids_1T = torch.tensor([list(context)], device=self.reference.device)
         logits_V = self.reference.model(input_ids_1T, use_cache=False, logits_to_keep=1).logits[0, -1]
         worse = torch.minimum(logits_V[token], logits_V[other_token])
         return float((logits_V.max() - worse) / logits_V.abs().max())
+
+    def _load(self) -> HFTarget:
+        spec = self.spec.model_copy(update={"dtype": "float32"})
+        try:
+            return HFTarget(spec, device=self.device)
+        except torch.OutOfMemoryError:
+            # A few passes over single contexts: slow there, but the measurements are made and must not be lost.
+            logger.warning(
+                "%s in float32 does not fit on %s: near-ties are looked at on the CPU", spec.model, self.device
+            )
+            return HFTarget(spec, device="cpu")
 
 
 def first_difference(tokens: Sequence[int], other_tokens: Sequence[int]) -> int:

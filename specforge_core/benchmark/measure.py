@@ -4,44 +4,64 @@ The prompts are dealt to `repeats` rounds, and each round is timed without and w
 alternating order. So a machine that gets slower meanwhile slows both sides, every prompt is decoded once on each side
 whatever `repeats` is, and the interval over the rounds covers different prompts as well as timing noise. Times include
 the prefill, of target and draft. Acceptance and losslessness come from the same, timed runs.
+
+Who decodes does not matter here: the loop of this process (`in_process.py`) or servers (`served.py`).
 """
 
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
+from transformers import PreTrainedTokenizerBase
+
+from specforge_core.benchmark.answers import check_answer
 from specforge_core.benchmark.interval import median_interval
 from specforge_core.benchmark.lossless import LosslessCheck
-from specforge_core.decoding.drafters import Drafter
-from specforge_core.decoding.speculative import Generation, generate
-from specforge_core.facts import Lossless, Measurement
-from specforge_core.manifest_sections import ServingConfig
+from specforge_core.decoding.speculative import Generation
+from specforge_core.facts import Answers, Lossless, Measurement
+from specforge_core.manifest_sections import AnswerKind, ServingConfig
 from specforge_core.progress import progress
 from specforge_core.targets import GenerationRequest, Sampling
-from specforge_core.targets.hf import HFTarget
 
 WARM_UP_TOKENS = 8
 UNTIMED_BATCH_SIZE = 16
 """Requests at once where only the answers matter."""
 
 
-class Subject(NamedTuple):
-    """What is measured: a target, its draft, and the drafter to beat."""
+class AnswerKey(NamedTuple):
+    """What the answers of a suite are checked against."""
 
-    target: HFTarget
-    drafter: Drafter
-    ngram_drafter: Drafter
-    check: LosslessCheck
+    kind: AnswerKind
+    references: Mapping[str, str]
+    """By request id; not every request needs one."""
 
 
 class Workload(NamedTuple):
-    """What it is measured on."""
+    """What is measured, and how often."""
 
     suite: str
     requests: Sequence[GenerationRequest]
     sampling: Sampling
     serving: ServingConfig
     repeats: int
+    answer_key: AnswerKey | None = None
+    """None: answers are not checked."""
+
+    def __str__(self) -> str:
+        return f"{self.suite} {self.serving.chain()} at concurrency {self.serving.concurrency}"
+
+    def parts(self) -> list[Sequence[GenerationRequest]]:
+        """The requests of each round."""
+        return deal(self.requests, num_parts=self.repeats, min_size=self.serving.concurrency)
+
+
+class Timing(NamedTuple):
+    """When a request of a run was sent."""
+
+    started_s: float
+    """After the first one."""
+    attempt: int
+    """At the whole run: a disturbed one is made again."""
 
 
 class Run(NamedTuple):
@@ -50,22 +70,35 @@ class Run(NamedTuple):
     generations: dict[str, Generation]
     """By request id."""
     elapsed_s: float
+    timings: Mapping[str, Timing] = MappingProxyType({})
+    """By request id; of servers alone."""
 
     @property
     def output_tokens_per_s(self) -> float:
+        """Of all requests together."""
         return add_up(self.generations.values()).num_output_tokens / self.elapsed_s
 
 
-class Round(NamedTuple):
-    """The same requests without and with draft."""
+class Decode(Protocol):
+    """One side: it decodes requests at the workload's concurrency, and calls `advance` after each."""
 
-    baseline: Run
-    speculative: Run
+    def __call__(
+        self, workload: Workload, requests: Sequence[GenerationRequest], advance: Callable[[], object]
+    ) -> Run: ...
 
-    @property
-    def speedup(self) -> float:
-        """By tokens per second, because sampled answers differ in length."""
-        return self.speculative.output_tokens_per_s / self.baseline.output_tokens_per_s
+
+class Rounds(NamedTuple):
+    """The same requests without and with draft, one run a round each."""
+
+    baseline: Sequence[Run]
+    speculative: Sequence[Run]
+
+    def speedups(self) -> list[float]:
+        """By round; of tokens per second, because sampled answers differ in length."""
+        return [
+            speculative.output_tokens_per_s / baseline.output_tokens_per_s
+            for baseline, speculative in zip(self.baseline, self.speculative, strict=True)
+        ]
 
 
 class Sums(NamedTuple):
@@ -76,59 +109,20 @@ class Sums(NamedTuple):
     accepted_by_position: tuple[int, ...]
 
 
-class Recorder(Protocol):
-    """Takes every single generation; `drafter` is None, `draft` or `ngram`."""
-
-    def __call__(self, workload: Workload, drafter: str | None, generation: Generation) -> None: ...
-
-
-def measure(subject: Subject, workload: Workload, record: Recorder) -> Measurement:
-    """The measurement of a workload. Raises: ValueError if every answer is a single token: then no draft took part."""
-    rounds = timed_rounds(subject, workload)
-    # The latest first: a prompt that is in several rounds counts once, as it was decoded first.
-    baseline, speculative = (
-        {request_id: generation for run in reversed(runs) for request_id, generation in run.generations.items()}
-        for runs in zip(*rounds, strict=True)
-    )
-    ngram = decode(subject.target, workload, workload.requests, subject.ngram_drafter, batch_size=UNTIMED_BATCH_SIZE)
-    for name, generations in ((None, baseline), ("draft", speculative), ("ngram", ngram.generations)):
-        for generation in generations.values():
-            record(workload, name, generation)
-    sums, ngram_sums = add_up(speculative.values()), add_up(ngram.generations.values())
-    if not sums.num_verify_steps:
-        raise ValueError(f"suite {workload.suite}: every answer is a single token, which no draft can make faster")
-    speedup = median_interval([round.speedup for round in rounds])
-    return Measurement(
-        suite=workload.suite,
-        serving=workload.serving,
-        num_prompts=len(speculative),
-        **sums._asdict(),
-        ngram_acceptance_length=ngram_sums.num_output_tokens / ngram_sums.num_verify_steps,
-        baseline_output_tokens_per_s=tuple(round.baseline.output_tokens_per_s for round in rounds),
-        output_tokens_per_s=tuple(round.speculative.output_tokens_per_s for round in rounds),
-        speedup=speedup.median,
-        speedup_low=speedup.low,
-        speedup_high=speedup.high,
-        lossless=compare(subject.check, workload, baseline, speculative),
-    )
-
-
-def timed_rounds(subject: Subject, workload: Workload) -> list[Round]:
-    """The rounds of a workload, after a short warm-up of both sides."""
-    batch_size = workload.serving.concurrency
-    parts = deal(workload.requests, num_parts=workload.repeats, min_size=batch_size)
+def timed_runs(workload: Workload, sides: Sequence[Decode]) -> list[list[Run]]:
+    """The runs of each side, one a round, after a short warm-up of all. Who begins a round takes turns."""
+    parts = workload.parts()
     warm_up = workload._replace(sampling=workload.sampling._replace(max_new_tokens=WARM_UP_TOKENS))
-    for drafter in (None, subject.drafter):
-        decode(subject.target, warm_up, parts[0], drafter, batch_size=batch_size)
-    rounds = []
-    desc = f"benchmark {workload.suite} {workload.serving.chain()}"
-    with progress(desc=desc, total=sum(map(len, parts)), unit="prompt") as bar:
+    for side in sides:
+        side(warm_up, parts[0][: workload.serving.concurrency], lambda: None)
+    runs: list[list[Run]] = [[] for _ in sides]
+    total = len(sides) * sum(map(len, parts))
+    with progress(desc=f"benchmark {workload}", total=total, unit="answer") as bar:
         for number, part in enumerate(parts):
-            order = (None, subject.drafter) if number % 2 == 0 else (subject.drafter, None)
-            runs = {d is None: decode(subject.target, workload, part, d, batch_size=batch_size) for d in order}
-            rounds.append(Round(baseline=runs[True], speculative=runs[False]))
-            bar.update(len(part))
-    return rounds
+            order = range(len(sides)) if number % 2 == 0 else reversed(range(len(sides)))
+            for index in order:
+                runs[index].append(sides[index](workload, part, bar.update))
+    return runs
 
 
 def deal(requests: Sequence[GenerationRequest], *, num_parts: int, min_size: int) -> list[Sequence[GenerationRequest]]:
@@ -143,26 +137,9 @@ def deal(requests: Sequence[GenerationRequest], *, num_parts: int, min_size: int
     return [[requests[(part * size + i) % count] for i in range(size)] for part in range(num_parts)]
 
 
-def decode(
-    target: HFTarget,
-    workload: Workload,
-    requests: Sequence[GenerationRequest],
-    drafter: Drafter | None,
-    *,
-    batch_size: int,
-) -> Run:
-    """A timed run. The loop waits for the device in every step, so its end is the end of the work."""
-    started_at = time.perf_counter()
-    generations = generate(
-        target,
-        requests,
-        workload.sampling,
-        batch_size=batch_size,
-        drafter=drafter,
-        num_steps=workload.serving.num_steps,
-    )
-    by_id = {generation.completion.id: generation for generation in generations}
-    return Run(by_id, time.perf_counter() - started_at)
+def first_answers(runs: Iterable[Run]) -> dict[str, Generation]:
+    """By request id; a request that is in several runs counts once, as it was decoded first."""
+    return {id: generation for run in reversed(list(runs)) for id, generation in run.generations.items()}
 
 
 def add_up(generations: Iterable[Generation]) -> Sums:
@@ -173,12 +150,67 @@ def add_up(generations: Iterable[Generation]) -> Sums:
     return Sums(sum(tokens), sum(steps), tuple(map(sum, zip(*accepted, strict=True))))
 
 
-def compare(
-    check: LosslessCheck, workload: Workload, baseline: dict[str, Generation], speculative: dict[str, Generation]
-) -> Lossless | None:
+def acceptance_length(generations: Iterable[Generation]) -> float | None:
+    """Tokens per verification step; None if there was no step."""
+    sums = add_up(generations)
+    return sums.num_output_tokens / sums.num_verify_steps if sums.num_verify_steps else None
+
+
+def sums_with_draft(workload: Workload, speculative: Mapping[str, Generation]) -> Sums:
+    """Their sums. Raises: ValueError if every answer is a single token: then no draft took part."""
+    sums = add_up(speculative.values())
+    if not sums.num_verify_steps:
+        raise ValueError(f"suite {workload.suite}: every answer is a single token, which no draft can make faster")
+    return sums
+
+
+def summarise(workload: Workload, rounds: Rounds, tokenizer: PreTrainedTokenizerBase) -> Measurement:
+    """The measurement that follows from the rounds alone: without `lossless`, and without what others reach.
+
+    Raises: ValueError if every answer is a single token: then no draft took part.
+    """
+    speculative = first_answers(rounds.speculative)
+    sums = sums_with_draft(workload, speculative)
+    speedup = median_interval(rounds.speedups())
+    return Measurement(
+        suite=workload.suite,
+        serving=workload.serving,
+        num_prompts=len(speculative),
+        **sums._asdict(),
+        baseline_output_tokens_per_s=tuple(run.output_tokens_per_s for run in rounds.baseline),
+        output_tokens_per_s=tuple(run.output_tokens_per_s for run in rounds.speculative),
+        speedup=speedup.median,
+        speedup_low=speedup.low,
+        speedup_high=speedup.high,
+        lossless=None,
+        answers=_answers(workload.answer_key, rounds, tokenizer) if workload.answer_key else None,
+    )
+
+
+def _answers(key: AnswerKey, rounds: Rounds, tokenizer: PreTrainedTokenizerBase) -> Answers:
+    baseline, speculative = first_answers(rounds.baseline), first_answers(rounds.speculative)
+
+    def num_correct(generations: Mapping[str, Generation]) -> int:
+        return sum(
+            check_answer(
+                key.kind, tokenizer.decode(g.completion.token_ids, skip_special_tokens=True), key.references[id]
+            )
+            for id, g in generations.items()
+            if id in key.references
+        )
+
+    return Answers(
+        num_checked=len(speculative.keys() & key.references.keys()),
+        num_correct=num_correct(speculative),
+        num_correct_without_draft=num_correct(baseline),
+    )
+
+
+def compare(check: LosslessCheck, workload: Workload, rounds: Rounds) -> Lossless | None:
     """How many prompts have the same answer with draft as without; None for sampled answers."""
     if workload.sampling.temperature > 0.0:
         return None
+    baseline, speculative = first_answers(rounds.baseline), first_answers(rounds.speculative)
     verdicts = [
         check.verdict(
             request.input_ids,

@@ -5,20 +5,33 @@ Earlier answers are greedy and the same for every draft, so drafts are compared 
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jinja2
+from transformers import PreTrainedTokenizerBase
 
 from specforge_core.benchmark.answers import reference_answer
 from specforge_core.data.chat_template import next_turn_ids, prompt_ids
 from specforge_core.data.prompts import Message, Prompt, load_prompts
-from specforge_core.decoding.speculative import generate
 from specforge_core.stages import ResolvedSuite
 from specforge_core.targets import Completion, GenerationRequest, Sampling
-from specforge_core.targets.hf import HFTarget
 
 logger = logging.getLogger(__name__)
+
+TEMPLATE_TOKENS = 64
+"""Of a chat template around one message, at most; a system prompt of its own counts as another message."""
+
+
+class Interlocutor(NamedTuple):
+    """The target as one talks to it, wherever it runs."""
+
+    tokenizer: PreTrainedTokenizerBase
+    context_length: int
+    """Tokens of a prompt and its answer together."""
+    answer: Callable[[Sequence[GenerationRequest], Sampling], Iterable[Completion]]
+    """Completions, in any order."""
 
 
 @dataclass
@@ -30,14 +43,13 @@ class _Dialogue:
     later_questions: list[Message]
 
 
-def load_requests(suite: ResolvedSuite, target: HFTarget, *, batch_size: int) -> list[GenerationRequest]:
+def load_requests(suite: ResolvedSuite, target: Interlocutor) -> list[GenerationRequest]:
     """One request a prompt, in the suite's order; equal prompts are asked once.
 
     A prompt that the chat template refuses or that leaves no room for an answer is left out with a warning. Where a
     conversation cannot go on (an answer was cut off, or the template does not keep the history), its last question is
     the one that it got to.
 
-    Args: batch_size: of the answers to earlier questions.
     Raises: ValueError if no prompt is left.
     """
     prompts = {prompt.id: prompt for prompt in load_prompts(suite.source)}
@@ -52,10 +64,24 @@ def load_requests(suite: ResolvedSuite, target: HFTarget, *, batch_size: int) ->
         )
     asked = [dialogue for dialogue in dialogues.values() if dialogue.later_questions]
     while asked:
-        for completion in _greedy(target, [dialogue.request for dialogue in asked], suite.max_new_tokens, batch_size):
+        for completion in target.answer([dialogue.request for dialogue in asked], Sampling(suite.max_new_tokens)):
             _go_on(dialogues[completion.id], completion, target)
         asked = [dialogue for dialogue in asked if dialogue.later_questions]
     return [dialogue.request for dialogue in dialogues.values()]
+
+
+def longest_request(suite: ResolvedSuite, tokenizer: PreTrainedTokenizerBase, context_length: int) -> int:
+    """Tokens, at most, of a prompt of the suite with all answers: what a server must have room for, for each request.
+
+    Known before the target has answered anything: every answer counts with its limit.
+    """
+    longest = 1
+    for prompt in load_prompts(suite.source):
+        num_questions = sum(message["role"] == "user" for message in prompt.messages)
+        texts = tokenizer([message["content"] for message in prompt.messages], add_special_tokens=False)["input_ids"]
+        num_prompt_tokens = sum(map(len, texts)) + TEMPLATE_TOKENS * (len(texts) + 1)
+        longest = max(longest, num_prompt_tokens + num_questions * suite.max_new_tokens)
+    return min(longest, context_length)
 
 
 def load_references(suite: ResolvedSuite) -> dict[str, str]:
@@ -86,7 +112,7 @@ def load_references(suite: ResolvedSuite) -> dict[str, str]:
     return references
 
 
-def _begin(prompt: Prompt, target: HFTarget) -> _Dialogue | None:
+def _begin(prompt: Prompt, target: Interlocutor) -> _Dialogue | None:
     first_question = next(i for i, message in enumerate(prompt.messages) if message["role"] == "user")
     messages = list(prompt.messages[: first_question + 1])
     try:
@@ -94,18 +120,18 @@ def _begin(prompt: Prompt, target: HFTarget) -> _Dialogue | None:
     except jinja2.TemplateError as error:
         logger.warning("prompt %s: the chat template refuses it: %s", prompt.id, error)
         return None
-    if len(input_ids) >= target.config.max_position_embeddings:
+    if len(input_ids) >= target.context_length:
         logger.warning(
             "prompt %s: %d tokens leave no room for an answer within the target's %d",
             prompt.id,
             len(input_ids),
-            target.config.max_position_embeddings,
+            target.context_length,
         )
         return None
     return _Dialogue(messages, GenerationRequest(prompt.id, input_ids), list(prompt.messages[first_question + 1 :]))
 
 
-def _go_on(dialogue: _Dialogue, completion: Completion, target: HFTarget) -> None:
+def _go_on(dialogue: _Dialogue, completion: Completion, target: Interlocutor) -> None:
     """Put the next question, or make the present one the last."""
     question, *dialogue.later_questions = dialogue.later_questions
     answer = target.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
@@ -115,15 +141,8 @@ def _go_on(dialogue: _Dialogue, completion: Completion, target: HFTarget) -> Non
         with contextlib.suppress(jinja2.TemplateError):
             added_ids = next_turn_ids(target.tokenizer, messages, end_id=completion.token_ids[-1])
     input_ids = [*dialogue.request.input_ids, *completion.token_ids, *(added_ids or [])]
-    if added_ids is None or len(input_ids) >= target.config.max_position_embeddings:
+    if added_ids is None or len(input_ids) >= target.context_length:
         dialogue.later_questions = []
         return
     dialogue.messages = messages
     dialogue.request = GenerationRequest(dialogue.request.id, input_ids)
-
-
-def _greedy(
-    target: HFTarget, requests: Sequence[GenerationRequest], max_new_tokens: int, batch_size: int
-) -> Iterator[Completion]:
-    for generation in generate(target, requests, Sampling(max_new_tokens), batch_size=batch_size):
-        yield generation.completion

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 
+from specforge_core.benchmark import lossless
 from specforge_core.benchmark.lossless import RELATIVE_ROUNDING, LosslessCheck
 from specforge_core.targets.hf import HFTarget
 
@@ -30,7 +31,7 @@ def tied(target: HFTarget, token: int, other_token: int, relative_gap: float) ->
 
 
 def test_equal_answers_are_identical(tiny_target, target, answer):
-    assert LosslessCheck(tiny_target, target).verdict(PROMPT, answer, list(answer)) == "identical"
+    assert LosslessCheck(tiny_target, device="cpu", loaded=target).verdict(PROMPT, answer, list(answer)) == "identical"
 
 
 @pytest.mark.parametrize(("rounding_errors", "verdict"), [(0.0, "near_tie"), (0.5, "near_tie"), (2.0, "different")])
@@ -39,7 +40,7 @@ def test_a_tie_is_one_only_within_rounding(tiny_target, target, answer, rounding
     twin = next(token for token in range(259) if token not in answer)
     other = [*answer[:place], twin, *answer[:2]]
     changed = tied(target, answer[place], twin, rounding_errors * RELATIVE_ROUNDING["float32"])
-    check = LosslessCheck(tiny_target, changed)
+    check = LosslessCheck(tiny_target, device="cpu", loaded=changed)
     # The favourite's logit must be the largest in size too for its share to be the margin.
     logits_V = changed.model(torch.tensor([[*PROMPT, *answer[:place]]])).logits[0, -1]
     scale = float(logits_V[answer[place]] / logits_V.abs().max())
@@ -54,23 +55,36 @@ def test_two_equal_logits_that_are_not_the_best_are_no_near_tie(tiny_target, tar
     changed = tied(target, first, second, 0.0)
     wrong = [*answer[:place], first]
     also_wrong = [*answer[:place], second]
-    assert LosslessCheck(tiny_target, changed).verdict(PROMPT, wrong, also_wrong) == "different"
+    assert LosslessCheck(tiny_target, device="cpu", loaded=changed).verdict(PROMPT, wrong, also_wrong) == "different"
 
 
 def test_another_token_is_different(tiny_target, target, answer):
     other = [*answer[:4], (answer[4] + 1) % 259, *answer[5:]]
-    assert LosslessCheck(tiny_target, target).verdict(PROMPT, answer, other) == "different"
+    assert LosslessCheck(tiny_target, device="cpu", loaded=target).verdict(PROMPT, answer, other) == "different"
 
 
 def test_an_answer_that_goes_on_is_different(tiny_target, target, answer):
-    assert LosslessCheck(tiny_target, target).verdict(PROMPT, answer[:5], answer) == "different"
+    assert LosslessCheck(tiny_target, device="cpu", loaded=target).verdict(PROMPT, answer[:5], answer) == "different"
 
 
 def test_a_bfloat16_target_is_judged_by_a_float32_copy(tiny_target, answer):
     spec = tiny_target.model_copy(update={"dtype": "bfloat16"})
-    check = LosslessCheck(spec, HFTarget(spec, device="cpu"))
+    check = LosslessCheck(spec, device="cpu", loaded=HFTarget(spec, device="cpu"))
     assert check.verdict(PROMPT, answer, answer) == "identical"
     assert check.reference is None, "no difference, no copy"
     other = [*answer[:4], (answer[4] + 1) % 259]
     assert check.verdict(PROMPT, answer, other) == "different"
     assert check.reference.model.dtype == torch.float32
+
+
+def test_a_copy_that_does_not_fit_on_the_gpu_is_used_on_the_cpu(tiny_target, target, answer, monkeypatch, caplog):
+    def load(spec, *, device):
+        if device == "cuda":
+            raise torch.OutOfMemoryError("32 GiB")
+        return target
+
+    monkeypatch.setattr(lossless, "HFTarget", load)
+    check = LosslessCheck(tiny_target, device="cuda")
+    assert check.verdict(PROMPT, answer, [*answer[:4], (answer[4] + 1) % 259]) == "different"
+    assert check.reference is target
+    assert "near-ties are looked at on the CPU" in caplog.text

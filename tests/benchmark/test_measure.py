@@ -1,15 +1,23 @@
-import pytest
-import torch
+from collections.abc import Callable, Sequence
 
-from specforge_core.benchmark.lossless import LosslessCheck
-from specforge_core.benchmark.measure import Subject, Workload, deal, measure
-from specforge_core.decoding import speculative
-from specforge_core.decoding.ngram import NgramDrafter
-from specforge_core.decoding.verification import Verdict
+import pytest
+
+from specforge_core.benchmark.measure import (
+    WARM_UP_TOKENS,
+    AnswerKey,
+    Decode,
+    Rounds,
+    Run,
+    Workload,
+    deal,
+    summarise,
+    timed_runs,
+)
+from specforge_core.decoding.speculative import Generation
+from specforge_core.facts import Answers
 from specforge_core.manifest_sections import ServingConfig
-from specforge_core.targets import GenerationRequest, Sampling
-from specforge_core.targets.hf import HFTarget
-from tests.decoding.drafters import FunctionDrafter, knowing
+from specforge_core.targets import Completion, GenerationRequest, Sampling
+from tests import tiny
 
 
 def requests(count: int) -> list[GenerationRequest]:
@@ -31,65 +39,59 @@ def test_prompts_are_gone_through_again_where_there_are_too_few():
     assert dealt(2, num_parts=3, min_size=8) == ["01", "01", "01"]
 
 
-@pytest.fixture(scope="module")
-def target(tiny_target) -> HFTarget:
-    return HFTarget(tiny_target, device="cpu")
+def test_sides_warm_up_at_their_concurrency_and_take_turns_at_beginning():
+    seen: list[tuple[str, int, str]] = []
 
+    def noting(name: str) -> Decode:
+        def decode(workload: Workload, requests: Sequence[GenerationRequest], advance: Callable[[], object]) -> Run:
+            seen.append((name, workload.sampling.max_new_tokens, "".join(request.id for request in requests)))
+            return Run({}, float(len(seen)))
 
-def workload(count: int, concurrency: int = 1, max_new_tokens: int = 21, temperature: float = 0.0) -> Workload:
-    serving = ServingConfig(num_steps=3, num_draft_tokens=4, concurrency=concurrency)
-    return Workload("suite", requests(count), Sampling(max_new_tokens, temperature), serving, repeats=2)
+        return decode
 
-
-def subject(target: HFTarget, drafter: FunctionDrafter, tiny_target) -> Subject:
-    return Subject(target, drafter, NgramDrafter({}), LosslessCheck(tiny_target, target))
-
-
-def ignore(*args: object) -> None:
-    pass
-
-
-@pytest.mark.parametrize("concurrency", [1, 3])
-def test_sums_over_a_suite_are_those_counted_by_hand(target, tiny_target, concurrency):
-    # With 4 prompts at concurrency 3 two prompts are in both rounds; they count once.
-    full = [
-        target.model.generate(torch.tensor([r.input_ids]), max_new_tokens=21, do_sample=False)[0].tolist()
-        for r in requests(4)
+    workload = Workload("suite", requests(9), Sampling(50), ServingConfig(concurrency=2), repeats=3)
+    without_draft, with_draft = timed_runs(workload, [noting("base"), noting("draft")])
+    assert seen == [
+        ("base", WARM_UP_TOKENS, "01"),
+        ("draft", WARM_UP_TOKENS, "01"),
+        ("base", 50, "012"),
+        ("draft", 50, "012"),
+        ("draft", 50, "345"),
+        ("base", 50, "345"),
+        ("base", 50, "678"),
+        ("draft", 50, "678"),
     ]
-    assert all(len(sequence) == 24 for sequence in full)
-    measured = measure(subject(target, knowing(full, num_right=3), tiny_target), workload(4, concurrency), ignore)
-    # 21 tokens: one from the prefill, and 4 from each of 5 verifications.
-    assert (measured.num_prompts, measured.num_output_tokens, measured.num_verify_steps) == (4, 84, 20)
-    assert measured.accepted_by_position == (20, 20, 20)
-    assert measured.acceptance_length == 4.2
-    assert (measured.lossless.num_identical, measured.lossless.num_different) == (4, 0)
-    assert len(measured.output_tokens_per_s) == len(measured.baseline_output_tokens_per_s) == 2
-    assert measured.speedup_low <= measured.speedup <= measured.speedup_high
+    assert [run.elapsed_s for run in without_draft] == [3, 6, 7]
+    assert [run.elapsed_s for run in with_draft] == [4, 5, 8]
 
 
-def test_a_drafter_that_changes_answers_is_found_out(target, tiny_target, monkeypatch):
-    def accept_everything(logits_BTV, draft_ids):
-        return [Verdict(len(ids), int(row[len(ids)].argmax())) for row, ids in zip(logits_BTV, draft_ids, strict=True)]
-
-    monkeypatch.setattr(speculative, "greedy_verdicts", accept_everything)
-    measured = measure(subject(target, FunctionDrafter(lambda s, n: [1] * n), tiny_target), workload(2), ignore)
-    assert measured.lossless.num_different == 2
-    assert measured.lossless.num_identical == measured.lossless.num_near_tie == 0
-
-
-def test_sampled_runs_claim_nothing_about_losslessness(target, tiny_target):
-    drafter = FunctionDrafter(lambda s, n: [1] * n)
-    assert measure(subject(target, drafter, tiny_target), workload(2, temperature=1.0), ignore).lossless is None
+def answered(texts: dict[str, str], num_verify_steps: int, elapsed_s: float) -> Run:
+    tokenizer = tiny.make_tokenizer()
+    generations = {
+        id: Generation(Completion(id, tuple(tokenizer(text)["input_ids"]), "stop"), num_verify_steps, (2, 1), 1.0)
+        for id, text in texts.items()
+    }
+    return Run(generations, elapsed_s)
 
 
-def test_answers_of_one_token_are_refused(target, tiny_target):
-    drafter = FunctionDrafter(lambda s, n: [1] * n)
+def test_figures_follow_from_the_rounds_as_counted_by_hand():
+    # Every character is a token.
+    baseline = [answered({"a": "#### 4", "b": "#### 5"}, 5, 6.0), answered({"a": "#### 6"}, 5, 3.0)]
+    speculative = [answered({"a": "#### 4", "b": "#### 9"}, 3, 3.0), answered({"a": "#### 6"}, 3, 1.0)]
+    key = AnswerKey("number", {"a": "4", "b": "5", "never asked": "6"})
+    workload = Workload("suite", requests(2), Sampling(50), ServingConfig(num_steps=2, num_draft_tokens=3), 2, key)
+    figures = summarise(workload, Rounds(baseline, speculative), tiny.make_tokenizer())
+    # The second answer to "a" counts for speed alone.
+    assert (figures.num_prompts, figures.num_output_tokens, figures.num_verify_steps) == (2, 12, 6)
+    assert (figures.accepted_by_position, figures.acceptance_length) == ((4, 2), 2.0)
+    assert figures.baseline_output_tokens_per_s == (2.0, 2.0)
+    assert figures.output_tokens_per_s == (4.0, 6.0)
+    assert figures.speedup == 2.5
+    assert figures.answers == Answers(num_checked=2, num_correct=1, num_correct_without_draft=2)
+
+
+def test_answers_of_one_token_are_refused():
+    runs = [answered({"a": "4"}, 0, 1.0)] * 2
+    workload = Workload("suite", requests(1), Sampling(50), ServingConfig(), 2)
     with pytest.raises(ValueError, match="suite: every answer is a single token"):
-        measure(subject(target, drafter, tiny_target), workload(2, max_new_tokens=1), ignore)
-
-
-def test_every_generation_is_recorded(target, tiny_target):
-    seen = []
-    drafter = FunctionDrafter(lambda s, n: [1] * n)
-    measure(subject(target, drafter, tiny_target), workload(3), lambda w, name, g: seen.append((name, g.completion.id)))
-    assert sorted(seen, key=str) == sorted(((name, id) for name in (None, "draft", "ngram") for id in "012"), key=str)
+        summarise(workload, Rounds(runs, runs), tiny.make_tokenizer())

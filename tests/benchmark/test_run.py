@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from specforge_core.benchmark import run as stage
+from specforge_core.benchmark.recording import REQUESTS_NAME, RESULT_NAME
 from specforge_core.data.conversations import Conversation, write_conversations
 from specforge_core.drafts.eagle3 import Eagle3Draft
 from specforge_core.facts import BenchmarkResult
@@ -62,11 +63,11 @@ def test_the_stage_measures_every_suite_at_every_configuration(spec, tmp_path):
     num_threads = torch.get_num_threads()
     result = stage.main(spec, tmp_path)
     assert torch.get_num_threads() == num_threads
-    assert BenchmarkResult.model_validate_json((tmp_path / stage.RESULT_NAME).read_text()) == result
+    assert BenchmarkResult.model_validate_json((tmp_path / RESULT_NAME).read_text()) == result
     assert [(m.suite, m.serving) for m in result.measurements] == [
         (family, serving) for family in ("arithmetic", "followup") for serving in SERVING
     ]
-    records = [json.loads(line) for line in (tmp_path / stage.REQUESTS_NAME).read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / REQUESTS_NAME).read_text().splitlines()]
     assert len(records) == 4 * 2 * 3, "4 measurements, 2 prompts; without draft, with it, with n-grams"
     for measurement in result.measurements:
         assert measurement.lossless.num_different == 0
