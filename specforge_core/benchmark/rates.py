@@ -40,7 +40,7 @@ REGENERATE: Literal["regenerate"] = "regenerate"
 PLAIN = "prefill"
 """Names of the servers; the first two are those of the stages."""
 NUM_WARM_UP_DOCUMENTS = 32
-MEM_FRACTION_STATIC = 0.85
+MEM_FRACTION_STATIC = 0.9
 """Of what is free when a server starts; what it takes of that, `--max-total-tokens` bounds."""
 UNPINNED = "measured where it lies"
 
@@ -203,11 +203,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-running-requests", type=int, default=64)
     add("--lengths", nargs="+", default=["1024", "real"], help="of documents to capture: a number of tokens, or `real`")
     add("--share", type=float, default=0.5, help="of their tokens in answers")
-    add("--tokens", type=int, default=2**18, help="of a pass of capture")
+    add("--tokens", type=int, default=196_608, help="of a pass of capture")
     add("--tokens-per-shard", type=int, default=2**14)
     add("--features", choices=get_args(FeatureDtype), default="bfloat16", help="what shards hold")
     add("--prompts", default=BUILTIN_DEMO, help="data set or file of the prompts to answer")
-    add("--num-prompts", type=int, default=512)
+    add("--num-prompts", type=int, default=384)
     add("--max-new-tokens", type=int, default=256)
     add("--scratch", type=Path, help="where shards are written, on the disk that is to be measured; default: /tmp")
     add("--out", type=Path, default=Path("reports/serving"))
