@@ -215,6 +215,19 @@ def test_a_sweep_takes_the_prompts_of_all_suites_in_turns_and_again_where_they_r
     ]
 
 
+def test_earlier_turns_are_had_with_the_server_without_draft(run, tmp_path):
+    source = ResolvedSource(dataset="builtin:demo", config="followup", split="heldout", limit=3, content_id="x")
+    suite = ResolvedSuite(name="followup", source=source, max_new_tokens=200)
+    (measurement,) = run(suites=(suite,)).measurements
+    assert measurement.num_prompts == 3
+    lines = journal(tmp_path)
+    first_flush = next(i for i, line in enumerate(lines) if line["event"] == "flush")
+    # Every first question is asked once, before anything is timed.
+    asked = [line["rid"] for line in lines[:first_flush] if line["event"] == "answer"]
+    assert len(set(asked)) == 3
+    assert {line["side"] for line in lines[:first_flush] if line["event"] == "answer"} == {"baseline"}
+
+
 def test_a_server_that_does_not_draft_fails_the_stage(run):
     with pytest.raises(ValueError, match="it does not draft"):
         run(Behaviour(hides_draft_figures=True))
