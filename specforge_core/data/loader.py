@@ -51,20 +51,17 @@ class StoredBatch(NamedTuple):
     """float32; None unless that is float8."""
 
 
-class FeatureSet:
-    """All documents of a feature directory, in stored order, memory-mapped."""
+class DocumentSet:
+    """Documents to train on: how long they are, how they are split, and in which batches they come."""
 
-    def __init__(self, directory: Path, *, max_document_tokens: int | None = None) -> None:
-        """Args: max_document_tokens: cut longer documents here, which must be done for those over a batch's budget."""
-        self._shards = [Shard(directory / record.name) for record in load_index(directory).shards]
-        self._places = [(shard, i) for shard in self._shards for i in range(len(shard.document_ids))]
-        self.document_ids = [document_id for shard in self._shards for document_id in shard.document_ids]
-        stored_lengths = [length for shard in self._shards for length in shard.lengths]
-        limit = max_document_tokens or max(stored_lengths)
-        self.lengths = [min(length, limit) for length in stored_lengths]
+    def __init__(self, document_ids: Sequence[str], lengths: Sequence[int], *, max_document_tokens: int | None) -> None:
+        """Args: lengths: of the whole documents; max_document_tokens: cut longer ones here."""
+        self.document_ids = document_ids
+        limit = max_document_tokens or max(lengths)
+        self.lengths = [min(length, limit) for length in lengths]
         """Tokens of each document."""
-        if num_cut := sum(length > limit for length in stored_lengths):
-            lost_tokens = sum(stored_lengths) - sum(self.lengths)
+        if num_cut := sum(length > limit for length in lengths):
+            lost_tokens = sum(lengths) - sum(self.lengths)
             logger.warning("%d documents are cut at %d tokens; %d tokens are lost", num_cut, limit, lost_tokens)
 
     def split(self, eval_fraction: float) -> Split:
@@ -92,28 +89,24 @@ class FeatureSet:
         logger.info("epoch %d: %d micro-batches of %d tokens, %.1f %% full", epoch, len(batches), budget, 100 * fill)
         return batches
 
-    def load_batch(self, documents: Sequence[int], *, pin_memory: bool = False) -> StoredBatch:
-        """These documents one after the other, on the CPU.
 
-        Args: pin_memory: copy the stored tensors, which are nearly all bytes, straight into pinned memory.
-        """
-        lengths = [self.lengths[document] for document in documents]
-        places = [(*self._places[document], length) for document, length in zip(documents, lengths, strict=True)]
-        fields = zip(*(shard.read(number, length) for shard, number, length in places), strict=True)
-        stored = StoredDocument(*(_joined(parts, pin_memory) for parts in fields))
-        document_ids_T = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
-        batch = DraftBatch(
-            input_ids_T=stored.input_ids.long(),
-            loss_mask_T=stored.loss_mask,
-            position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
-            document_ids_T=document_ids_T,
-            aux_hidden_TLD=stored.aux_hidden,
-            teaching_U=is_teaching(stored.loss_mask, document_ids_T).nonzero().squeeze(1),
-            last_hidden_UD=stored.last_hidden,
-            target_argmax_U=stored.target_argmax.long(),
-            target_logsumexp_U=stored.target_logsumexp,
+class FeatureSet(DocumentSet):
+    """All documents of a feature directory, in stored order, memory-mapped."""
+
+    def __init__(self, directory: Path, *, max_document_tokens: int | None = None) -> None:
+        """Args: max_document_tokens: cut longer documents here, which must be done for those over a batch's budget."""
+        shards = [Shard(directory / record.name) for record in load_index(directory).shards]
+        self._places = [(shard, i) for shard in shards for i in range(len(shard.document_ids))]
+        super().__init__(
+            [document_id for shard in shards for document_id in shard.document_ids],
+            [length for shard in shards for length in shard.lengths],
+            max_document_tokens=max_document_tokens,
         )
-        return StoredBatch(batch, stored.aux_scale, stored.last_scale)
+
+    def load_batch(self, documents: Sequence[int], *, pin_memory: bool = False) -> StoredBatch:
+        """These documents one after the other, on the CPU. Args: as of `packed`."""
+        places = [(*self._places[document], self.lengths[document]) for document in documents]
+        return packed([shard.read(number, length) for shard, number, length in places], pin_memory=pin_memory)
 
     def batches(
         self,
@@ -124,17 +117,48 @@ class FeatureSet:
     ) -> Iterator[StoredBatch]:
         """The micro-batches of a plan, loaded and prepared in order by threads that stay a little ahead.
 
-        Args: prepare: adds what a draft wants on the CPU, from ids, masks and teaching tokens alone: a hidden state
-        may still be in float8; it runs on two batches at once. pin_memory: put every tensor into pinned memory, from
-        where a copy to a GPU does not hold up the host.
+        Args: prepare: as of `prepared`; it runs on two batches at once. pin_memory: put every tensor into pinned
+        memory, from where a copy to a GPU does not hold up the host.
         """
 
         def load(documents: Sequence[int]) -> StoredBatch:
-            stored = self.load_batch(documents, pin_memory=pin_memory)
-            stored = stored._replace(batch=prepare(stored.batch))
-            return tree_map_only(Tensor, Tensor.pin_memory, stored) if pin_memory else stored
+            return prepared(self.load_batch(documents, pin_memory=pin_memory), prepare, pin_memory=pin_memory)
 
         return prefetched(load, micro_batches)
+
+
+def packed(documents: Sequence[StoredDocument], *, pin_memory: bool = False) -> StoredBatch:
+    """These documents one after the other, on the CPU.
+
+    Args: pin_memory: copy the stored tensors, which are nearly all bytes, straight into pinned memory.
+    """
+    lengths = [len(document.input_ids) for document in documents]
+    stored = StoredDocument(*(_joined(parts, pin_memory) for parts in zip(*documents, strict=True)))
+    document_ids_T = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
+    batch = DraftBatch(
+        input_ids_T=stored.input_ids.long(),
+        loss_mask_T=stored.loss_mask,
+        position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
+        document_ids_T=document_ids_T,
+        aux_hidden_TLD=stored.aux_hidden,
+        teaching_U=is_teaching(stored.loss_mask, document_ids_T).nonzero().squeeze(1),
+        last_hidden_UD=stored.last_hidden,
+        target_argmax_U=stored.target_argmax.long(),
+        target_logsumexp_U=stored.target_logsumexp,
+    )
+    return StoredBatch(batch, stored.aux_scale, stored.last_scale)
+
+
+def prepared(
+    stored: StoredBatch, prepare: Callable[[DraftBatch], DraftBatch], *, pin_memory: bool = False
+) -> StoredBatch:
+    """The batch with what a draft wants on the CPU.
+
+    Args: prepare: adds that, from ids, masks and teaching tokens alone: a hidden state may still be in float8.
+    pin_memory: put every tensor into pinned memory.
+    """
+    stored = stored._replace(batch=prepare(stored.batch))
+    return tree_map_only(Tensor, Tensor.pin_memory, stored) if pin_memory else stored
 
 
 def dequantised(stored: StoredBatch) -> DraftBatch:
