@@ -255,7 +255,8 @@ def _show_entry(store: Store, manifest: Manifest, name: str) -> int:
 
 def report(args: argparse.Namespace) -> int:
     """Print one row per measurement, and where the whole reports are."""
-    from specforge_core.benchmark.report import load_report, result_rows
+    from specforge_core.benchmark.report import load_report
+    from specforge_core.benchmark.tables import measurement_row, without_empty_columns
 
     folder = _store(args).root / "reports"
     files = [folder / f"{name}.json" for name in args.entries] if args.entries else sorted(folder.glob("*.json"))
@@ -263,7 +264,8 @@ def report(args: argparse.Namespace) -> int:
     if missing or not files:
         raise ValueError(f"no report of {', '.join(missing) or 'any entry'} in {folder}; `specbundle build` writes one")
     reports = {file.stem: load_report(file) for file in files}
-    _print_table({"entry": name} | row for name, made in reports.items() for row in result_rows(made.benchmark))
+    rows = [{"entry": n} | measurement_row(m) for n, made in reports.items() for m in made.benchmark.measurements]
+    _print_table(without_empty_columns(rows))
     for file in files:
         _print(f"whole report: {file.with_suffix('.md')}")
     return 0

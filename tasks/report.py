@@ -15,16 +15,16 @@ from tasks.stage import EntryBuild
 
 @task(task_run_name="{build.recipe.entry.name} report", cache_policy=NO_CACHE, persist_result=False)
 def report(build: EntryBuild, artifacts: BuildArtifacts, failures: Sequence[GateFailure]) -> EntryReport:
-    """The report, also written to the store's `reports/`, shown by Prefect and kept by the tracker."""
+    """The report, also written to the store's `reports/` with its plots, shown by Prefect and kept by the tracker."""
     recipe = build.recipe
     made = make_report(recipe.entry, recipe.target, artifacts, failures)
-    path = write_report(build.store / "reports", made)
+    files = write_report(build.store / "reports", made)
     create_markdown_artifact(
         key=artifact_key(f"report-{recipe.entry.name}"),
         markdown=report_markdown(made),
         description=f"Build of {recipe.entry.name}",
     )
     build.tracking.log_result(made.benchmark)
-    for file in (path, path.with_suffix(".json")):
+    for file in files:
         build.tracking.log_file(file)
     return made

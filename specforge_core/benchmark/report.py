@@ -1,23 +1,39 @@
 """What a build made and measured, as one typed record, and as markdown for people. Torch-free."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from statistics import median
+from typing import Any
+
+from pydantic import model_validator
 
 from specforge_core.artifacts import BuildArtifacts, write_atomically
+from specforge_core.benchmark.plots import write_plots
+from specforge_core.benchmark.sweep import LAUNCH_NOTE, launch_lines
+from specforge_core.benchmark.tables import (
+    SWEEP_LEGEND,
+    markdown_table,
+    measured_on,
+    position_rows,
+    result_legend,
+    result_rows,
+    server_rows,
+    sweep_rows,
+    switch_off_advice,
+)
+from specforge_core.demo.inflated import InflatedTarget, inflated_target
 from specforge_core.facts import (
     BenchmarkResult,
     Conversations,
     DraftCheckpoint,
     GateFailure,
     HiddenStates,
-    Measurement,
     Record,
     ServingDraft,
     Vocabulary,
 )
 from specforge_core.manifest import ManifestEntry
+from specforge_core.manifest_sections import TargetConfig
 from specforge_core.stages import ResolvedTarget
 
 
@@ -46,6 +62,21 @@ class Lineage(Record):
     """Of the packages, when the draft was measured."""
     commit: str | None
     """Of this project."""
+    inflated: InflatedTarget | None = None
+    """What the target says about itself if it is the demo's, enlarged."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_entries_ran_in_process(cls, values: Any) -> Any:
+        # From before a manifest said what runs the target.
+        entry = values.get("entry") if isinstance(values, dict) else None
+        if not isinstance(entry, dict) or "engine" in entry:
+            return values
+        return values | {"entry": entry | {"engine": {"name": "transformers"}}}
+
+    def target(self) -> TargetConfig:
+        """The target as it was measured: with the commit of a Hub model."""
+        return self.entry.target.model_copy(update={"revision": self.target_revision})
 
 
 class EntryReport(Record):
@@ -83,6 +114,7 @@ def make_report(
         },
         versions=environment.versions,
         commit=environment.commit,
+        inflated=inflated_target(Path(target.model)),
     )
     return EntryReport(
         lineage=lineage,
@@ -91,13 +123,15 @@ def make_report(
     )
 
 
-def write_report(directory: Path, report: EntryReport) -> Path:
-    """The markdown file written; `<entry>.json`, its typed twin, lies beside it."""
+def write_report(directory: Path, report: EntryReport) -> tuple[Path, ...]:
+    """The files written: the markdown, `<entry>.json`, its typed twin, and the plots that it shows."""
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{report.lineage.entry.name}.md"
+    name = report.lineage.entry.name
+    path = directory / f"{name}.md"
+    plots = write_plots(directory, name, report.benchmark)
     write_atomically(path.with_suffix(".json"), report.model_dump_json(indent=1) + "\n")
-    write_atomically(path, report_markdown(report))
-    return path
+    write_atomically(path, report_markdown(report, plots=[plot.name for plot in plots]))
+    return (path, path.with_suffix(".json"), *plots)
 
 
 def load_report(path: Path) -> EntryReport:
@@ -105,19 +139,27 @@ def load_report(path: Path) -> EntryReport:
     return EntryReport.model_validate_json(path.read_text(encoding="utf-8"))
 
 
-def report_markdown(report: EntryReport) -> str:
-    """A build as markdown: results first, then gates, training, hardware and lineage."""
-    lineage = report.lineage
+def report_markdown(report: EntryReport, *, plots: Sequence[str] = ()) -> str:
+    """A build as markdown: results first, then gates, training, hardware and lineage.
+
+    Args: plots: files beside it, as `write_plots` names them.
+    """
+    lineage, result = report.lineage, report.benchmark
     verdict = "passed its gates" if not report.failures else f"failed {len(report.failures)} of its gates"
     sections = [
         f"# {lineage.entry.name}",
-        f"A {report.checkpoint.algorithm} draft for `{lineage.entry.target.model}`"
+        *([lineage.inflated.note()] if lineage.inflated else []),
+        f"A draft ({report.checkpoint.algorithm}) for `{lineage.entry.target.model}`"
         f" ({lineage.target_revision or lineage.target_content_id}); it {verdict}.",
         "## Results",
-        markdown_table(result_rows(report.benchmark)),
-        RESULT_LEGEND,
+        markdown_table(result_rows(result)),
+        result_legend(result),
+        *_load_sections(result, plots),
+        "## Serve it",
+        *_launch_sections(report),
         "## Acceptance by position",
-        markdown_table(position_rows(report.benchmark)),
+        *_images(plots, "acceptance"),
+        markdown_table(position_rows(result)),
         "Share of the verification steps that accepted the draft token at this position.",
         "## Gates",
         "\n".join(f"* **{failure.gate}**: {failure.message}" for failure in report.failures)
@@ -125,51 +167,43 @@ def report_markdown(report: EntryReport) -> str:
         "## How it was made",
         markdown_table(making_rows(report)),
         "## Measured on",
-        measured_on(report.benchmark),
-        f"```\n{report.benchmark.environment.command}\n```",
+        measured_on(result),
+        f"```\n{result.environment.command}\n```",
+        *_server_sections(result),
         "## Lineage",
         markdown_table(lineage_rows(lineage)),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-RESULT_LEGEND = (
-    "Acceptance length: output tokens per verification step of the target, its own token included. n-gram: the same "
-    "with a drafter that only repeats what it has seen. Tokens/s: medians without and with draft, from interleaved "
-    "repeats; the interval is 95 %. Lossless: outputs identical / apart at a near-tie / really different."
-)
-
-
-def result_rows(result: BenchmarkResult) -> list[dict[str, str]]:
-    """One row per measurement, ready for a table: column name to text."""
+def _load_sections(result: BenchmarkResult, plots: Sequence[str]) -> list[str]:
+    if not result.sweep:
+        return []
     return [
-        {
-            "suite": measurement.suite,
-            "chain": measurement.serving.chain(),
-            "concurrency": str(measurement.serving.concurrency),
-            "prompts": str(measurement.num_prompts),
-            "acceptance length": f"{measurement.acceptance_length:.2f}",
-            "n-gram": f"{measurement.ngram_acceptance_length:.2f}",
-            "tokens/s without": f"{median(measurement.baseline_output_tokens_per_s):,.0f}",
-            "tokens/s with": f"{median(measurement.output_tokens_per_s):,.0f}",
-            "speedup": f"{measurement.speedup:.2f}x ({measurement.speedup_low:.2f} to {measurement.speedup_high:.2f})",
-            "lossless": _lossless(measurement),
-        }
-        for measurement in result.measurements
+        "## At which load",
+        switch_off_advice(result.sweep),
+        *_images(plots, "throughput"),
+        markdown_table(sweep_rows(result.sweep)),
+        SWEEP_LEGEND,
     ]
 
 
-def position_rows(result: BenchmarkResult) -> list[dict[str, str]]:
-    """One row per measurement: which share of the verification steps accepted each draft position."""
-    longest = max((len(measurement.accepted_by_position) for measurement in result.measurements), default=0)
-    rows = []
-    for measurement in result.measurements:
-        shares = [f"{count / measurement.num_verify_steps:.1%}" for count in measurement.accepted_by_position]
-        # Chains of several lengths share the table.
-        cells = shares + [""] * (longest - len(shares))
-        row = {"suite": measurement.suite, "chain": measurement.serving.chain()}
-        rows.append(row | {str(position): cell for position, cell in enumerate(cells, start=1)})
-    return rows
+def _launch_sections(report: EntryReport) -> list[str]:
+    entry = report.lineage.entry
+    draft = entry.publish.repository or f"{entry.publish.directory}/{entry.name}"
+    lines = launch_lines(report.benchmark, report.lineage.target(), draft, entry.engine)
+    return [*(f"{title}:\n\n```bash\n{line}\n```" for title, line in lines.items()), LAUNCH_NOTE]
+
+
+def _server_sections(result: BenchmarkResult) -> list[str]:
+    if not result.servers:
+        return []
+    commands = [f"# {name}\n{server.command}" for name, server in result.servers.items() if server.command]
+    return [markdown_table(server_rows(result)), *(["```bash\n" + "\n".join(commands) + "\n```"] if commands else [])]
+
+
+def _images(plots: Sequence[str], kind: str) -> list[str]:
+    return [f"![{kind}]({name})" for name in plots if name.endswith(f"-{kind}.svg")]
 
 
 def making_rows(report: EntryReport) -> list[dict[str, str]]:
@@ -210,31 +244,5 @@ def lineage_rows(lineage: Lineage) -> list[dict[str, str]]:
     ]
 
 
-def measured_on(result: BenchmarkResult) -> str:
-    """One sentence: processor, threads, GPU, versions, commit."""
-    environment = result.environment
-    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
-    return (
-        f"{environment.gpu or 'No GPU'}; {environment.cpu}, {environment.num_threads} threads; {versions}; "
-        f"commit {environment.commit or 'unknown'}."
-    )
-
-
-def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """A markdown table whose columns are the first row's; the empty text without rows."""
-    if not rows:
-        return ""
-    columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
 def _by_position(shares: Sequence[float]) -> str:
     return ", ".join(f"{share:.1%}" for share in shares)
-
-
-def _lossless(measurement: Measurement) -> str:
-    if measurement.lossless is None:
-        return "sampled"
-    counts = measurement.lossless
-    return f"{counts.num_identical} / {counts.num_near_tie} / {counts.num_different}"

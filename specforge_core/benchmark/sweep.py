@@ -18,7 +18,7 @@ from specforge_core.manifest_sections import EngineConfig, ServingConfig, Target
 
 LAUNCH_NOTE = (
     "Attention backend, CUDA graphs and the share of memory are left to the server, which chooses them for its GPU; "
-    "the benchmark fixed them, so that its servers were alike."
+    "the servers of a benchmark have them fixed."
 )
 
 
@@ -98,11 +98,16 @@ def launch_line(
         **(draft_options(draft, serving) if serving else {}),
     }
     parts = [
-        flag if value is True else f"{flag} {shlex.quote(str(value))}"
+        flag if value is True else f"{flag} {_shell_word(str(value))}"
         for flag, value in options.items()
         if value is not False
     ]
     return " \\\n  ".join(["python3 -m sglang.launch_server", *parts])
+
+
+def _shell_word(value: str) -> str:
+    # A shell finds the home directory only where the tilde is not quoted.
+    return f"~/{shlex.quote(value[2:])}" if value.startswith("~/") else shlex.quote(value)
 
 
 def launch_lines(
@@ -145,6 +150,6 @@ def _title(group: Sequence[LoadAdvice]) -> str:
     load = f"{first} to {last} requests" if last > first else f"{first} request{'s' if first > 1 else ''}"
     serving = group[0].serving
     if serving is None:
-        return f"At {load} at once: without draft"
+        return f"At {load} at once, without draft"
     gains = [f"{advice.speedup:.2f}x" for advice in (group[0], group[-1])[: len(group)]]
-    return f"At {load} at once: chain {serving.chain()} ({' to '.join(gains)})"
+    return f"At {load} at once, chain {serving.chain()} ({' to '.join(gains)})"

@@ -1,23 +1,23 @@
 """The model card of a draft: `model_card.md`, filled with what was made and measured. Torch-free."""
 
-import shlex
 from collections.abc import Iterator, Sequence
 from importlib import resources
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from specforge_core.benchmark.report import (
-    RESULT_LEGEND,
-    EntryReport,
-    lineage_rows,
-    making_rows,
+from specforge_core.benchmark.report import EntryReport, lineage_rows, making_rows
+from specforge_core.benchmark.sweep import LAUNCH_NOTE, launch_lines
+from specforge_core.benchmark.tables import (
+    SWEEP_LEGEND,
     markdown_table,
     measured_on,
     position_rows,
+    result_legend,
     result_rows,
+    sweep_rows,
+    switch_off_advice,
 )
 from specforge_core.manifest import ManifestEntry
-from specforge_core.manifest_sections import ServingConfig
 
 TEMPLATE_NAME = "model_card.md"
 
@@ -28,6 +28,8 @@ def model_card(report: EntryReport, *, license_files: Sequence[str]) -> str:
     Args: license_files: names within the repository of the target's own licence texts.
     """
     entry, benchmark = report.lineage.entry, report.benchmark
+    servings = [measured.serving for measured in benchmark.measurements]
+    servings += [point.serving for point in benchmark.sweep]
     template = resources.files("specforge_core.hub").joinpath(TEMPLATE_NAME).read_text(encoding="utf-8")
     # `card.validate()` would ask the public Hub.
     card = ModelCard.from_template(
@@ -38,12 +40,19 @@ def model_card(report: EntryReport, *, license_files: Sequence[str]) -> str:
         target=entry.target.model,
         target_version=report.lineage.target_revision or report.lineage.target_content_id,
         results=markdown_table(result_rows(benchmark)),
-        result_legend=RESULT_LEGEND,
+        result_legend=result_legend(benchmark),
         positions=markdown_table(position_rows(benchmark)),
         measured_on=measured_on(benchmark),
         dtype=entry.target.dtype,
-        is_served="sglang" in benchmark.environment.versions,
-        launch_lines=launch_lines(report),
+        is_served=benchmark.engine == "sglang",
+        inflated_note=report.lineage.inflated and report.lineage.inflated.note(),
+        sweep=markdown_table(sweep_rows(benchmark.sweep)),
+        sweep_legend=SWEEP_LEGEND,
+        switch_off_advice=switch_off_advice(benchmark.sweep) if benchmark.sweep else "",
+        # Without a repository the commands are for whoever stands in this folder.
+        launch_lines=launch_lines(benchmark, report.lineage.target(), entry.publish.repository or ".", entry.engine),
+        launch_note=LAUNCH_NOTE,
+        has_trees=any(serving.topk > 1 for serving in servings),
         sources=[f"`{source.dataset}` ({source.split})" for source in entry.data.sources],
         data=entry.data,
         draft=entry.draft,
@@ -98,40 +107,3 @@ def _eval_results(report: EntryReport) -> Iterator[EvalResult]:
 def method_name(entry: ManifestEntry) -> str:
     """The method as the literature calls it."""
     return "EAGLE-3.1" if entry.draft.fc_norm and entry.draft.norm_output else "EAGLE-3"
-
-
-def launch_lines(report: EntryReport) -> dict[str, str]:
-    """The server's command line by a title, one for each chain that was measured."""
-    concurrencies: dict[str, list[int]] = {}
-    lines: dict[str, str] = {}
-    for measurement in report.benchmark.measurements:
-        name = measurement.serving.chain()
-        concurrencies.setdefault(name, []).append(measurement.serving.concurrency)
-        lines[name] = launch_line(report.lineage.entry, measurement.serving, revision=report.lineage.target_revision)
-    return {
-        f"Chain {name}, measured at concurrency {', '.join(map(str, sorted(set(concurrencies[name]))))}": line
-        for name, line in lines.items()
-    }
-
-
-def launch_line(entry: ManifestEntry, serving: ServingConfig, *, revision: str | None) -> str:
-    """The SGLang command that serves the target with this draft, as it was measured.
-
-    Args: revision: commit of the target, if it is on the Hub.
-    """
-    options = {
-        "--model-path": entry.target.model,
-        "--revision": revision,
-        # SGLang does not serve float32.
-        "--dtype": entry.target.dtype if entry.target.dtype != "float32" else "bfloat16",
-        "--speculative-algorithm": "EAGLE3",
-        # Without a repository the command is for whoever stands in this folder.
-        "--speculative-draft-model-path": entry.publish.repository or ".",
-        "--speculative-num-steps": str(serving.num_steps),
-        "--speculative-eagle-topk": str(serving.topk),
-        "--speculative-num-draft-tokens": str(serving.num_draft_tokens),
-    }
-    parts = [f"{option} {shlex.quote(value)}" for option, value in options.items() if value is not None]
-    if entry.target.trust_remote_code:
-        parts.append("--trust-remote-code")
-    return " \\\n  ".join(["python3 -m sglang.launch_server", *parts])

@@ -117,15 +117,18 @@ def test_a_line_survives_the_shell_and_is_never_in_float32() -> None:
     assert line[line.index("--speculative-draft-model-path") + 1] == "my drafts/one"
     assert line[line.index("--dtype") + 1] == "bfloat16"
     assert "--trust-remote-code" in line
+    at_home = launch_line(TargetConfig(model="~/my models/one"), ".", None)
+    # Quoted, the tilde would be a folder's name.
+    assert "--model-path ~/'my models/one'" in at_home
 
 
 def test_a_sweep_gives_one_line_for_each_load_that_needs_another() -> None:
     lines = launch_lines(served_result(measurement()), TARGET, "org/draft", EngineConfig(max_running_requests=32))
     # 340 over 155 and 1470 over 1130.
     assert list(lines) == [
-        "At 1 request at once: chain 7-1-8 (2.19x)",
-        "At 8 requests at once: chain 2-1-3 (1.30x)",
-        "At 16 to 32 requests at once: without draft",
+        "At 1 request at once, chain 7-1-8 (2.19x)",
+        "At 8 requests at once, chain 2-1-3 (1.30x)",
+        "At 16 to 32 requests at once, without draft",
     ]
     alone, busy, off = (words(line) for line in lines.values())
     assert alone[alone.index("--speculative-num-steps") + 1] == "7"
@@ -139,7 +142,7 @@ def test_loads_with_one_best_chain_share_a_line() -> None:
         sweep_point(chain(3, 1, 4, load), (100.0,), (with_draft,)) for load, with_draft in ((1, 210.0), (2, 190.0))
     )
     lines = launch_lines(served_result(measurement(), sweep=points), TARGET, "org/draft", EngineConfig())
-    assert list(lines) == ["At 1 to 2 requests at once: chain 3-1-4 (2.10x to 1.90x)"]
+    assert list(lines) == ["At 1 to 2 requests at once, chain 3-1-4 (2.10x to 1.90x)"]
 
 
 def test_without_a_sweep_each_measured_chain_has_a_line() -> None:

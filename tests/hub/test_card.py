@@ -1,5 +1,7 @@
 """The card says what was measured, in a form that the Hub's own library reads back."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,18 +10,25 @@ from huggingface_hub import ModelCard
 
 from specforge_core.benchmark.report import EntryReport, make_report
 from specforge_core.facts import BenchmarkResult
-from specforge_core.hub.card import launch_line, model_card
-from specforge_core.manifest_sections import Eagle3Config, PublishConfig, ServingConfig, TargetConfig
+from specforge_core.hub.card import model_card
+from specforge_core.manifest_sections import Eagle3Config, EngineConfig, PublishConfig, ServingConfig, TargetConfig
 from specforge_core.stages import ResolvedTarget
 from tests import made_build
-from tests.made_build import REVISION, measurement, result
+from tests.made_build import REVISION, chain, measurement, result, served_result
+
+
+def words(card: str) -> list[list[str]]:
+    """Every launch line of a card, as a shell reads it."""
+    lines = re.findall(r"```bash\n(.*?)\n```", card, flags=re.DOTALL)
+    return [shlex.split(line.replace("\\\n", "")) for line in lines]
 
 
 def report(
     root: Path, benchmark: BenchmarkResult | None = None, target: ResolvedTarget = made_build.TARGET, **entry: object
 ) -> EntryReport:
     artifacts = made_build.artifacts(root, benchmark)
-    return make_report(made_build.entry(**entry), target, artifacts, failures=())
+    config = TargetConfig(**target.model_dump(exclude={"content_id"}))
+    return make_report(made_build.entry(target=config, **entry), target, artifacts, failures=())
 
 
 def test_metadata_reads_back_with_a_result_for_every_suite_and_metric(tmp_path: Path) -> None:
@@ -61,45 +70,60 @@ def test_the_measured_numbers_are_in_the_text(tmp_path: Path) -> None:
 
 
 def test_numbers_of_the_in_process_engine_are_not_passed_off_as_a_servers(tmp_path: Path) -> None:
-    served = result(measurement())
-    environment = served.environment.model_copy(update={"versions": {"sglang": "0.5.14"}})
-    served = served.model_copy(update={"environment": environment})
     note = "The engine is SpecBundle's own decoder"
     assert note in model_card(report(tmp_path / "a"), license_files=[])
-    assert note not in model_card(report(tmp_path / "b", served), license_files=[])
+    assert note not in model_card(report(tmp_path / "b", served_result(measurement())), license_files=[])
 
 
-def test_the_launch_line_is_what_was_measured() -> None:
-    entry = made_build.entry(target=TargetConfig(model="org/target", trust_remote_code=True))
-    serving = ServingConfig(num_steps=5, num_draft_tokens=6)
-    assert launch_line(entry, serving, revision="0123abc").replace("\\\n ", "").split() == [
-        *("python3", "-m", "sglang.launch_server", "--model-path", "org/target", "--revision", "0123abc"),
-        *("--dtype", "bfloat16", "--speculative-algorithm", "EAGLE3"),
-        *("--speculative-draft-model-path", "specbundle/llama-eagle3", "--speculative-num-steps", "5"),
-        *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "6", "--trust-remote-code"),
+def test_the_launch_line_serves_this_draft_with_the_target_that_was_measured(tmp_path: Path) -> None:
+    text = model_card(report(tmp_path, result(measurement(serving=chain(5, 1, 6)))), license_files=[])
+    assert words(text) == [
+        [
+            *("python3", "-m", "sglang.launch_server", "--model-path", "meta-llama/Llama-3.1-8B-Instruct"),
+            *("--revision", REVISION, "--dtype", "bfloat16", "--tp-size", "1", "--speculative-algorithm", "EAGLE3"),
+            *("--speculative-draft-model-path", "specbundle/llama-eagle3", "--speculative-num-steps", "5"),
+            *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "6"),
+        ]
     ]
 
 
-def test_a_local_target_is_launched_by_its_path_and_never_in_float32() -> None:
-    entry = made_build.entry(
-        target=TargetConfig(model="/models/my target", dtype="float32"), publish=PublishConfig(repository=None)
+def test_a_local_target_is_launched_by_its_path_and_never_in_float32(tmp_path: Path) -> None:
+    local = ResolvedTarget(model="/models/my target", dtype="float32", trust_remote_code=True, content_id="c0ffee")
+    made = report(
+        tmp_path,
+        target=local,
+        engine=EngineConfig(name="transformers"),
+        # Nowhere to download it from: the command is for whoever stands in the draft's folder.
+        publish=PublishConfig(repository=None),
     )
-    line = launch_line(entry, ServingConfig(), revision=None)
-    assert "--model-path '/models/my target' \\" in line
-    assert "--dtype bfloat16" in line
-    assert "--speculative-draft-model-path . \\" in line
+    (line,) = words(model_card(made, license_files=[]))
+    assert line[line.index("--model-path") + 1] == "/models/my target"
+    assert line[line.index("--dtype") + 1] == "bfloat16"
+    assert line[line.index("--speculative-draft-model-path") + 1] == "."
+    assert "--trust-remote-code" in line
     assert "--revision" not in line
-    assert "--trust-remote-code" not in line
 
 
 def test_each_measured_chain_has_one_launch_line(tmp_path: Path) -> None:
-    long = ServingConfig(num_steps=7, num_draft_tokens=8)
-    busy = ServingConfig(concurrency=8)
+    long, busy = chain(7, 1, 8), ServingConfig(concurrency=8)
     benchmark = result(measurement(), measurement(serving=busy), measurement("code"), measurement(serving=long))
     text = model_card(report(tmp_path, benchmark), license_files=[])
-    assert text.count("python3 -m sglang.launch_server") == 2
+    assert len(words(text)) == 2
     assert "Chain 3-1-4, measured at concurrency 1, 8:" in text
     assert "Chain 7-1-8, measured at concurrency 1:" in text
+    assert "Only chains (top-k 1) were measured" in text
+    assert "At which load" not in text
+
+
+def test_a_sweep_gives_a_launch_line_for_each_load_and_says_where_to_switch_off(tmp_path: Path) -> None:
+    text = model_card(report(tmp_path, served_result(measurement())), license_files=[])
+    alone, busy, off = words(text)
+    assert [line[line.index("--speculative-num-steps") + 1] for line in (alone, busy)] == ["7", "2"]
+    assert not [word for word in off if word.startswith("--speculative")]
+    assert "At 16 to 32 requests at once, without draft:" in text
+    assert "Switch speculation off from 16 requests at once" in text
+    assert "| 8 | 1,130 | **1,470** (1.30x, 2.70) |" in text
+    assert "Only chains (top-k 1) were measured" not in text
 
 
 def test_only_both_flags_make_it_eagle_3_1(tmp_path: Path) -> None:
