@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec
 
@@ -20,7 +20,8 @@ from mlflow.entities import Metric, Param, RunTag
 
 from specforge_core.artifacts import RECORD_NAME, Artifact
 from specforge_core.benchmark.headline import headline
-from specforge_core.facts import BenchmarkResult
+from specforge_core.benchmark.sweep import baseline_speed, output_speed
+from specforge_core.facts import BenchmarkResult, Measurement
 from specforge_core.manifest_sections import Config
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ ENTRIES = "specbundle-entries"
 FOLLOW_INTERVAL_S = 2.0
 # MLflow's limits of one request.
 MAX_METRICS_PER_CALL = 1000
+MAX_PARAMS_PER_CALL = 100
 MAX_PARAM_CHARS = 6000
 # Without these a server that is gone holds a build for minutes before tracking gives up.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
@@ -90,8 +92,9 @@ class TrackedRun(Config):
     @_tracked
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Add parameters, one for each leaf of nested values."""
-        leaves = dict(_leaves(params))
-        _client(self.uri).log_batch(self.run_id, params=[Param(k, v[:MAX_PARAM_CHARS]) for k, v in leaves.items()])
+        leaves = [Param(name, value[:MAX_PARAM_CHARS]) for name, value in _leaves(params)]
+        for start in range(0, len(leaves), MAX_PARAMS_PER_CALL):
+            _client(self.uri).log_batch(self.run_id, params=leaves[start : start + MAX_PARAMS_PER_CALL])
 
     @_tracked
     def log_tags(self, tags: Mapping[str, str]) -> None:
@@ -101,8 +104,13 @@ class TrackedRun(Config):
     @_tracked
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Add final values."""
+        self.log_curves({name: {0: value} for name, value in metrics.items()})
+
+    @_tracked
+    def log_curves(self, curves: Mapping[str, Mapping[int, float]]) -> None:
+        """Add metrics with a value at each of several steps."""
         now_ms = int(time.time() * 1000)
-        _client(self.uri).log_batch(self.run_id, metrics=[Metric(k, v, now_ms, 0) for k, v in metrics.items()])
+        _send(self, [Metric(k, v, now_ms, step) for k, curve in curves.items() for step, v in curve.items()])
 
     @_tracked
     def log_file(self, path: Path) -> None:
@@ -126,8 +134,9 @@ class TrackedRun(Config):
 
     @_tracked
     def log_result(self, result: BenchmarkResult) -> None:
-        """Add the figures that entries are compared by."""
+        """Add the figures that entries are compared by, and the curves over load and position."""
         self.log_metrics(result_metrics(result))
+        self.log_curves(result_curves(result))
 
     @_tracked
     def log_metrics_file(self, path: Path, *, stage: str) -> None:
@@ -141,8 +150,8 @@ class TrackedRun(Config):
 
         def send_until_done() -> None:
             while not done.wait(FOLLOW_INTERVAL_S):
-                self._send(file)
-            self._send(file)
+                self._send_new(file)
+            self._send_new(file)
 
         follower = threading.Thread(target=send_until_done, name=f"metrics of {stage}", daemon=True)
         follower.start()
@@ -153,7 +162,7 @@ class TrackedRun(Config):
             follower.join()
 
     @_tracked
-    def _send(self, file: "_MetricsFile") -> None:
+    def _send_new(self, file: "_MetricsFile") -> None:
         file.send(self)
 
     @_tracked
@@ -213,9 +222,7 @@ class _MetricsFile:
         self._sent: set[bytes] = set()
 
     def send(self, run: TrackedRun) -> None:
-        metrics = self._new_metrics()
-        for start in range(0, len(metrics), MAX_METRICS_PER_CALL):
-            _client(run.uri).log_batch(run.run_id, metrics=metrics[start : start + MAX_METRICS_PER_CALL])
+        _send(run, self._new_metrics())
 
     def _new_metrics(self) -> list[Metric]:
         if not self._path.is_file():
@@ -233,21 +240,46 @@ class _MetricsFile:
         ]
 
 
-def result_metrics(result: BenchmarkResult) -> dict[str, float]:
-    """`accept_length/<suite>` and `speedup/<suite>`, and their means; the prefix makes a section of the chart view.
+def _send(run: TrackedRun, metrics: Sequence[Metric]) -> None:
+    for start in range(0, len(metrics), MAX_METRICS_PER_CALL):
+        _client(run.uri).log_batch(run.run_id, metrics=metrics[start : start + MAX_METRICS_PER_CALL])
 
-    The first serving configuration has the plain names; others follow as `<suite>-c<concurrency>-s<steps>`.
-    """
+
+def result_metrics(result: BenchmarkResult) -> dict[str, float]:
+    """`accept_length/<suite>` and `speedup/<suite>`, and their means; the prefix makes a section of the chart view."""
     metrics: dict[str, float] = {}
     for measurement in result.measurements:
-        serving = measurement.serving
-        is_first = serving == result.measurements[0].serving
-        suite = measurement.suite + ("" if is_first else f"-c{serving.concurrency}-s{serving.num_steps}")
-        metrics[f"accept_length/{suite}"] = measurement.acceptance_length
-        metrics[f"speedup/{suite}"] = measurement.speedup
+        name = _measurement_name(measurement, result)
+        metrics[f"accept_length/{name}"] = measurement.acceptance_length
+        metrics[f"speedup/{name}"] = measurement.speedup
     if means := headline(result):
         metrics |= {"accept_length/mean": means.acceptance_length, "speedup/mean": means.speedup}
     return metrics
+
+
+def result_curves(result: BenchmarkResult) -> dict[str, dict[int, float]]:
+    """By name, the values by step: `accept_by_position/<suite>`, whose steps are draft positions, and of a sweep
+    `throughput/<chain>` (output tokens/s, `without-draft` for the target alone) and `speedup_at/<chain>`, whose steps
+    are concurrencies."""
+    curves: dict[str, dict[int, float]] = {}
+    for measurement in result.measurements:
+        shares = [accepted / measurement.num_verify_steps for accepted in measurement.accepted_by_position]
+        name = _measurement_name(measurement, result)
+        curves[f"accept_by_position/{name}"] = dict(enumerate(shares, start=1))
+    for point in result.sweep:
+        chain, concurrency = point.serving.chain(), point.serving.concurrency
+        alone = [other for other in result.sweep if other.serving.concurrency == concurrency]
+        curves.setdefault("throughput/without-draft", {})[concurrency] = baseline_speed(alone)
+        curves.setdefault(f"throughput/{chain}", {})[concurrency] = output_speed(point)
+        curves.setdefault(f"speedup_at/{chain}", {})[concurrency] = point.speedup
+    return curves
+
+
+def _measurement_name(measurement: Measurement, result: BenchmarkResult) -> str:
+    """The suite; `<suite>-c<concurrency>-<chain>` for other serving configurations than the first."""
+    serving = measurement.serving
+    is_first = serving == result.measurements[0].serving
+    return measurement.suite + ("" if is_first else f"-c{serving.concurrency}-{serving.chain()}")
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -145,14 +146,50 @@ def test_result_metrics_are_named_by_suite_and_mean_over_suites() -> None:
         {
             "accept_length/math": 3.0,
             "accept_length/code": 2.0,
-            "accept_length/math-c8-s3": 3.0,
+            "accept_length/math-c8-3-1-4": 3.0,
             "accept_length/mean": 2.5,
             "speedup/math": 2.0,
             "speedup/code": 1.125,
-            "speedup/math-c8-s3": 1.25,
+            "speedup/math-c8-3-1-4": 1.25,
             "speedup/mean": 1.5,
         }
     )
+
+
+def test_serving_configurations_that_differ_in_their_tree_alone_have_names_of_their_own() -> None:
+    servings = (made_build.chain(5, 1, 6), made_build.chain(5, 4, 16), made_build.chain(5, 4, 32))
+    result = made_build.result(*(made_build.measurement(serving=serving) for serving in servings))
+    names = {name.removeprefix("speedup/") for name in result_metrics(result) if name.startswith("speedup/")}
+    assert names == {"math", "math-c1-5-4-16", "math-c1-5-4-32", "mean"}
+
+
+def test_a_sweep_is_curves_over_the_concurrency_and_acceptance_one_over_the_position(run: TrackedRun) -> None:
+    run.log_result(made_build.served_result(made_build.measurement()))
+    assert curve(run, "throughput/7-1-8") == [(1, 340.0), (8, 1300.0), (16, 1900.0), (32, 2600.0)]
+    assert curve(run, "throughput/without-draft") == [(1, 155.0), (8, 1130.0), (16, 2200.0), (32, 4200.0)]
+    # Medians 3800 and 4200 at 32.
+    steps, values = zip(*curve(run, "speedup_at/2-1-3"), strict=True)
+    assert steps == (1, 8, 16, 32)
+    assert values == pytest.approx((295 / 155, 1470 / 1130, 1.0, 3800 / 4200))
+    assert curve(run, "accept_by_position/math") == [(1, 0.9), (2, 0.7), (3, 0.4)]
+    assert curve(run, "accept_length/math") == [(0, 3.0)]
+
+
+def test_more_than_a_request_may_hold_is_sent_in_several(run: TrackedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+    log_batch = MlflowClient.log_batch
+
+    def count(client: MlflowClient, run_id: str, **content: list[Any]) -> None:
+        sizes.append((len(content.get("params", ())), len(content.get("metrics", ()))))
+        log_batch(client, run_id, **content)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", count)
+    run.log_params({f"p{i}": i for i in range(101)})
+    run.log_curves({"long/curve": dict.fromkeys(range(1001), 1.0)})
+    # An MLflow server refuses more than 100 parameters and more than 1,000 metrics at once.
+    assert sizes == [(100, 0), (1, 0), (0, 1000), (0, 1)]
+    assert len(read(run).data.params) == 101
+    assert len(curve(run, "long/curve")) == 1001
 
 
 def test_a_tracker_out_of_reach_is_warned_of_once_and_stops_nothing(
