@@ -8,22 +8,32 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from specforge_core.manifest_sections import TrainingConfig
+from specforge_core.training.sharding import Sharding
 
 # Newton-Schulz orthogonalisation is meant for matrices that map hidden states to hidden states, not for the head.
 MUON_PREFIXES = ("fc.", "midlayer.")
 
 
-def build_optimizers(draft: nn.Module, config: TrainingConfig) -> list[Optimizer]:
+def muon_parameters(draft: nn.Module | Sharding, config: TrainingConfig) -> set[str]:
+    """The names of the parameters that Muon is for, which wants them whole; none for another optimizer."""
+    if config.optimizer != "muon":
+        return set()
+    return {
+        name for name, parameter in draft.named_parameters() if parameter.dim() == 2 and name.startswith(MUON_PREFIXES)
+    }
+
+
+def build_optimizers(draft: nn.Module | Sharding, config: TrainingConfig) -> list[Optimizer]:
     """AdamW for everything; or, with `muon`, Muon for the matrices of `fc` and the layer, and AdamW for the rest.
 
     Weights and both optimizers' state are float32, whatever the forward pass computes in.
     """
+    names_by_muon = muon_parameters(draft, config)
     by_muon: list[nn.Parameter] = []
     by_adamw: list[nn.Parameter] = []
     for name, parameter in draft.named_parameters():
         assert parameter.dtype in (torch.float32, torch.float64), f"{name} is {parameter.dtype}"
-        is_matrix = config.optimizer == "muon" and parameter.dim() == 2 and name.startswith(MUON_PREFIXES)
-        (by_muon if is_matrix else by_adamw).append(parameter)
+        (by_muon if name in names_by_muon else by_adamw).append(parameter)
     adamw = torch.optim.AdamW(
         by_adamw, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from specforge_core.drafts.base import DraftBatch, DraftLoss, DraftModel
 from specforge_core.drafts.linear import gradient_buffer
 from specforge_core.training.optim import take_step
+from specforge_core.training.sharding import Sharding
 from specforge_core.training.workers import Workers
 
 
@@ -26,25 +26,28 @@ def train_step(
     micro_batches: Iterable[DraftBatch],
     max_grad_norm: float,
     workers: Workers,
+    sharding: Sharding | None = None,
 ) -> StepResult:
     """One optimizer step over the micro-batches of all workers; each gives its own share, which may be none.
+
+    Args: optimizers: of `sharding`, or of the draft itself if there is none: then every worker steps everything.
 
     The loss is a sum until every micro-batch of every worker is in. Then it is divided once, by the number of
     supervised tokens, so that neither packing nor the number of workers changes the gradient. Nothing is read from the
     device, so the host stays ahead of it.
     """
-    gradients = [zeroed_gradient(parameter) for parameter in draft.parameters()]
+    stepped = sharding or Sharding(draft)
+    stepped.zero_gradients()
     losses = DraftLoss.zero(draft.num_positions, workers.device)
     for batch in micro_batches:
         losses = losses.plus(draft.accumulate_gradients(batch))
-    workers.add_up([*gradients, *losses])
+    workers.add_up(losses)
+    if sharding is None:
+        workers.add_up(gradient_buffer(parameter) for parameter in draft.parameters())
+    stepped.reduce_gradients()
     num_tokens = losses.num_tokens.clamp(min=1)
-    grad_norm = torch.nn.utils.get_total_norm(gradients) / num_tokens
+    grad_norm = stepped.gradient_norm() / num_tokens
     # The division and the clipping in one: gradients are gigabytes, and each pass over them takes its time.
     take_step(optimizers, num_tokens * (grad_norm / max_grad_norm).clamp(min=1))
+    stepped.gather_parameters()
     return StepResult(losses, grad_norm)
-
-
-def zeroed_gradient(parameter: Tensor) -> Tensor:
-    """The parameter's `.grad`, all zero, in the memory that it had."""
-    return gradient_buffer(parameter).zero_()

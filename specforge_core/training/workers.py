@@ -1,4 +1,8 @@
-"""The processes that train together: one, or those that torchrun started."""
+"""The processes that train together: one, or those that torchrun started.
+
+They form a mesh of dp x cp x tp processes, neighbours in tp first: dp replicas take micro-batches of their own, the cp
+x tp processes of a replica work on each of its micro-batches together (`parallel.py`).
+"""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -17,6 +21,18 @@ class Workers(NamedTuple):
     rank: int
     world_size: int
     device: torch.device
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def num_replicas(self) -> int:
+        """dp: shares in which the micro-batches of a step are dealt out."""
+        return self.world_size // (self.cp * self.tp)
+
+    @property
+    def replica(self) -> int:
+        """Which of these shares is this process's."""
+        return self.rank // (self.cp * self.tp)
 
     @property
     def is_first(self) -> bool:

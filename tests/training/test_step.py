@@ -16,7 +16,8 @@ from specforge_core.manifest_sections import TrainingConfig
 from specforge_core.training.metrics import Meter
 from specforge_core.training.optim import build_optimizers
 from specforge_core.training.prefetch import device_batches
-from specforge_core.training.step import train_step, zeroed_gradient
+from specforge_core.training.sharding import Sharding
+from specforge_core.training.step import train_step
 from specforge_core.training.workers import Workers
 from tests.drafts.synthetic import make_document, make_draft, pack
 from tests.training.factory import make_batch, make_gpu_draft
@@ -136,8 +137,7 @@ def test_gradients_of_another_batch_come_out_of_a_captured_graph():
     for there, new in zip(tree_leaves(first), tree_leaves(second), strict=True):
         if isinstance(there, Tensor):
             there.copy_(new)
-    for parameter in draft.parameters():
-        zeroed_gradient(parameter)
+    Sharding(draft).zero_gradients()
     graph.replay()
 
     assert losses.loss_sum.item() == pytest.approx(draft(second).loss_sum.item(), rel=1e-3)
@@ -153,6 +153,6 @@ def sizes(batch: DraftBatch) -> list[object]:
 
 
 def eager_gradients(draft: DraftModel, batch: DraftBatch) -> list[Tensor]:
-    gradients = [zeroed_gradient(parameter) for parameter in draft.parameters()]
+    Sharding(draft).zero_gradients()
     draft.accumulate_gradients(batch)
-    return [gradient.clone() for gradient in gradients]
+    return [parameter.grad.clone() for parameter in draft.parameters()]

@@ -1,0 +1,98 @@
+"""One training step on several processes, and what each of them is to compare: run by `test_parallel.py`."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor
+
+from specforge_core.drafts.base import DraftBatch
+from specforge_core.drafts.eagle3 import Eagle3Draft
+from specforge_core.manifest_sections import TrainingConfig
+from specforge_core.training.optim import build_optimizers
+from specforge_core.training.parallel import parallelize
+from specforge_core.training.step import train_step
+from specforge_core.training.workers import Workers
+from tests.drafts.synthetic import TARGET_CONFIG, make_document, make_draft, pack
+
+# Uneven on purpose: long and short answers, a batch of a prompt alone, and a last step with a batch for one process.
+STEPS = (
+    (("PPPAAAAAAAAAAAAAA", "PAA"), ("PPPPPP",), ("PAAPPAAAAPA", "PPAAAA"), ("PPPPPPAAA",)),
+    (("PPAAAAAAAAA", "PAAAA"), ("PAAAAAAAPPP",), ("PAAAA",)),
+    (("PP" + 25 * "A",),),
+)
+MAX_GRAD_NORM = 0.05
+"""Below every norm here, so that clipping is part of what is compared."""
+
+
+class Mesh(NamedTuple):
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def num_processes(self) -> int:
+        return self.dp * self.cp * self.tp
+
+
+def draft_of_the_cases() -> Eagle3Draft:
+    return make_draft(target_config=TARGET_CONFIG | {"num_key_value_heads": 2}, fc_norm=True, norm_output=True)
+
+
+def batches_of_the_cases(step: int) -> list[DraftBatch]:
+    return [
+        pack([make_document(mask, seed=100 * step + 10 * number + i) for i, mask in enumerate(masks)])
+        for number, masks in enumerate(STEPS[step])
+    ]
+
+
+def trained(mesh: Mesh, rank: int, optimizer: str) -> dict[str, Any]:
+    """Losses, norms, gradients of the first step, and weights behind the last, by name; whole tensors."""
+    config = TrainingConfig(optimizer=optimizer, learning_rate=1e-2, betas=(0.9, 0.95))
+    workers = Workers(rank, mesh.num_processes, torch.device("cpu"), cp=mesh.cp, tp=mesh.tp)
+    draft = draft_of_the_cases()
+    sharding = parallelize(draft, config, workers)
+    optimizers = build_optimizers(sharding, config)
+    found: dict[str, Any] = {}
+    for step in range(len(STEPS)):
+        mine = batches_of_the_cases(step)[workers.replica :: workers.num_replicas]
+        prepared = [draft.prepare(batch) for batch in mine]
+        losses, grad_norm = train_step(draft, optimizers, prepared, MAX_GRAD_NORM, workers, sharding)
+        found |= {f"step {step} {name}": value.clone() for name, value in losses._asdict().items()}
+        found[f"step {step} grad_norm"] = grad_norm
+        for name, parameter in sharding.named_parameters():
+            found[f"step {step} gradient of {name}"] = whole(sharding.as_dtensor(name, parameter.grad)).clone()
+            found[f"step {step} {name}"] = whole(sharding.as_dtensor(name, parameter.detach())).clone()
+    return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _process(rank: int, num_processes: int, work: Callable[[int], Any], directory: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=num_processes)
+    try:
+        torch.save(work(rank), directory / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def on_processes(num_processes: int, work: Callable[[int], Any], directory: Path) -> list[Any]:
+    """What `work(rank)` returns in each of so many processes that can talk to each other."""
+    torch.multiprocessing.spawn(_process, (num_processes, work, directory), nprocs=num_processes)
+    return [torch.load(directory / f"{rank}.pt") for rank in range(num_processes)]
+
+
+def trained_on(mesh: Mesh, optimizer: str, directory: Path) -> list[dict[str, Any]]:
+    """`trained` in each process of the mesh."""
+    return on_processes(mesh.num_processes, functools.partial(_trained_as, mesh, optimizer), directory)
+
+
+def _trained_as(mesh: Mesh, optimizer: str, rank: int) -> dict[str, Any]:
+    return trained(mesh, rank, optimizer)
