@@ -13,14 +13,15 @@ and which would need its private accumulators for that; and float32 weights in s
 saves 4 P (1 - 1 / N), 3 GB above, for parameters with gradients of another dtype and a `state_dict` that is no draft's.
 """
 
-from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.optim import Optimizer
 
 from specforge_core.drafts.linear import gradient_buffer
 
@@ -123,23 +124,58 @@ class Sharding:
         for work in pending:
             work.wait()
 
-    def as_dtensor(self, name: str, local: Tensor) -> Tensor:
-        """`local`, shaped like what this process steps of a parameter, as its part of the global tensor.
+    def state(self, optimizers: Sequence[Optimizer]) -> dict[str, dict[str, Any]]:
+        """All that a training changes, for torch.distributed.checkpoint: weights, and the state of their optimizers.
 
-        For checkpoints: a DTensor can be loaded by another number of processes. A process on its own gets `local` back.
+        The tensors share memory with what is trained: to go on from a checkpoint, load it into them in place, and call
+        `gather_parameters`. Any number of processes loads what another one saved.
         """
-        (piece,) = (piece for piece in self.pieces if piece.name == name)
-        if piece.layout is None:
-            return local
-        last: Placement = Shard(0) if piece.is_sharded else Replicate()
-        placements = (*piece.layout.placements, last)
-        return DTensor.from_local(local.detach(), piece.layout.mesh, placements, run_check=False)
+        for optimizer in optimizers:
+            _begin(optimizer)
+        of_optimizers = {
+            piece.name: {
+                field: as_dtensor(piece, value) if value.shape == piece.shard.shape else value
+                for field, value in optimizer.state[piece.shard].items()
+            }
+            for piece in self.pieces
+            for optimizer in optimizers
+            if piece.shard in optimizer.state
+        }
+        return {"draft": {piece.name: as_dtensor(piece, piece.shard) for piece in self.pieces}, "state": of_optimizers}
 
     @staticmethod
     def _gradient(piece: Piece) -> Tensor:
         """That of what this process steps."""
         gradient = gradient_buffer(piece.parameter)
         return gradient[_own_rows(piece.layout, len(gradient))] if piece.is_sharded else gradient
+
+
+def as_dtensor(piece: Piece, local: Tensor) -> Tensor:
+    """`local`, shaped like what this process steps, as its part of the global tensor; itself without others."""
+    if piece.layout is None:
+        return local.detach()
+    last: Placement = Shard(0) if piece.is_sharded else Replicate()
+    return DTensor.from_local(local.detach(), piece.layout.mesh, (*piece.layout.placements, last), run_check=False)
+
+
+def _begin(optimizer: Optimizer) -> None:
+    """Have the optimizer make the state that its first step would, so that there is something to load into."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if optimizer.state or not parameters:
+        return
+    rates, gradients = [group["lr"] for group in optimizer.param_groups], [p.grad for p in parameters]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for fields in optimizer.state.values():
+        if "step" in fields:
+            fields["step"].zero_()
 
 
 def _make_piece(name: str, parameter: nn.Parameter, layout: Layout | None, is_whole: bool) -> Piece:

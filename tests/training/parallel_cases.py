@@ -15,6 +15,7 @@ from specforge_core.drafts.eagle3 import Eagle3Draft
 from specforge_core.manifest_sections import TrainingConfig
 from specforge_core.training.optim import build_optimizers
 from specforge_core.training.parallel import parallelize
+from specforge_core.training.sharding import as_dtensor
 from specforge_core.training.step import train_step
 from specforge_core.training.workers import Workers
 from tests.drafts.synthetic import TARGET_CONFIG, make_document, make_draft, pack
@@ -64,9 +65,12 @@ def trained(mesh: Mesh, rank: int, optimizer: str) -> dict[str, Any]:
         losses, grad_norm = train_step(draft, optimizers, prepared, MAX_GRAD_NORM, workers, sharding)
         found |= {f"step {step} {name}": value.clone() for name, value in losses._asdict().items()}
         found[f"step {step} grad_norm"] = grad_norm
-        for name, parameter in sharding.named_parameters():
-            found[f"step {step} gradient of {name}"] = whole(sharding.as_dtensor(name, parameter.grad)).clone()
-            found[f"step {step} {name}"] = whole(sharding.as_dtensor(name, parameter.detach())).clone()
+        for piece in sharding.pieces:
+            assert piece.shard.grad is not None
+            found[f"step {step} gradient of {piece.name}"] = whole(as_dtensor(piece, piece.shard.grad)).clone()
+            found[f"step {step} {piece.name}"] = whole(as_dtensor(piece, piece.shard)).clone()
+    for name, fields in sharding.state(optimizers)["state"].items():
+        found |= {f"{field} of {name}": whole(value).clone() for field, value in fields.items()}
     return found
 
 

@@ -6,7 +6,19 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.parallel_cases import Mesh, trained, trained_on
+from specforge_core.manifest_sections import TrainingConfig
+from specforge_core.training.optim import build_optimizers
+from specforge_core.training.sharding import Sharding
+from specforge_core.training.step import train_step
+from specforge_core.training.workers import Workers
+from tests.training.parallel_cases import (
+    MAX_GRAD_NORM,
+    Mesh,
+    batches_of_the_cases,
+    draft_of_the_cases,
+    trained,
+    trained_on,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +47,20 @@ def test_the_cases_clip_and_are_uneven(alone):
     norms = [alone["adamw"][f"step {step} grad_norm"].item() for step in range(3)]
     assert min(norms) > 0.05
     assert torch.equal(alone["adamw"]["step 2 num_tokens"], torch.tensor(24.0).double())
+
+
+def test_state_is_there_before_the_first_step_and_changes_nothing():
+    config = TrainingConfig(optimizer="muon", learning_rate=1e-2)
+    draft, other = draft_of_the_cases(), draft_of_the_cases()
+    sharding, begun = Sharding(draft), Sharding(other)
+    optimizers, begun_optimizers = build_optimizers(sharding, config), build_optimizers(begun, config)
+    state = begun.state(begun_optimizers)
+    assert state["draft"].keys() == state["state"].keys() == dict(draft.named_parameters()).keys()
+    assert all(not value.any() for fields in state["state"].values() for value in fields.values())
+    workers = Workers(0, 1, torch.device("cpu"))
+    for step in range(2):
+        batches = [draft.prepare(batch) for batch in batches_of_the_cases(step)]
+        train_step(draft, optimizers, batches, MAX_GRAD_NORM, workers, sharding)
+        train_step(other, begun_optimizers, batches, MAX_GRAD_NORM, workers, begun)
+    for (name, parameter), same in zip(draft.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(parameter, same), name
