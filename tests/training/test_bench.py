@@ -13,14 +13,13 @@ from torch.autograd.function import FunctionCtx
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from specforge_core.training.bench import __main__ as bench
-from specforge_core.training.bench.batch import make_batch, make_draft
+from specforge_core.training.bench.batch import count_rows, make_batch, make_draft
 from specforge_core.training.bench.lengths import (
     Conversation,
     Turn,
     count_answer_tokens,
     count_tokens,
     load_real_lengths,
-    make_workload,
     tilted_weights,
 )
 from specforge_core.training.bench.make_lengths import make_lengths
@@ -29,7 +28,8 @@ from specforge_core.training.bench.parts import parts_of_trace, profiled_parts
 from specforge_core.training.bench.paths import PATHS, TrainingPath
 from specforge_core.training.bench.results import TrainingBench
 from specforge_core.training.bench.run import OUT_OF_MEMORY, Settings, measured_rows
-from specforge_core.training.bench.shapes import SHAPES, RowCounts, Shape, count_rows, dense_flops, useful_flops
+from specforge_core.training.bench.shapes import SHAPES, RowCounts, Shape, dense_flops, useful_flops
+from specforge_core.training.bench.workload import make_workload
 
 CPU = torch.device("cpu")
 TINY = SHAPES["tiny"]

@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_map_only
 
 from specforge_core.drafts.base import DraftBatch, TargetHead
 from specforge_core.drafts.eagle3 import NUM_AUX_LAYERS, Eagle3Draft
-from specforge_core.drafts.rows import is_teaching
+from specforge_core.drafts.rows import is_teaching, slot_depths
 from specforge_core.manifest_sections import Eagle3Config
 from specforge_core.training.bench.lengths import Conversation
-from specforge_core.training.bench.shapes import Shape
+from specforge_core.training.bench.shapes import RowCounts, Shape
 from specforge_core.training.workers import compute_dtype
 
 HEAD_STD = 0.02
@@ -73,6 +73,20 @@ def make_batch(conversations: Sequence[Conversation], shape: Shape, *, seed: int
         # Of standard normal logits; only the acceptance depends on it.
         target_logsumexp_U=torch.full((len(teaching_U),), math.log(shape.vocab_size) + 0.5),
     )
+
+
+def count_rows(batch: DraftBatch, num_steps: int) -> RowCounts:
+    """The counts of a packed batch on the CPU."""
+    depth_T = slot_depths(batch.loss_mask_T, batch.document_ids_T, num_steps)
+    num_tokens = len(depth_T)
+    is_taught_by_T = torch.zeros(num_tokens + num_steps + 1, dtype=torch.bool)
+    rows, num_keys = [], 0
+    for step in range(num_steps):
+        slots = (depth_T > step).nonzero().squeeze(1)
+        is_taught_by_T[slots + 1 + step] = True
+        rows.append(len(slots))
+        num_keys += int((batch.position_ids_T[slots] + 1 + step).sum())
+    return RowCounts(num_tokens, int(is_taught_by_T.sum()), tuple(rows), num_keys)
 
 
 def loss_mask(conversation: Conversation) -> Tensor:

@@ -9,14 +9,15 @@ from torch.profiler import record_function
 
 from specforge_core.drafts.base import DraftBatch
 from specforge_core.manifest_sections import TrainingConfig
-from specforge_core.training.bench.batch import make_batch, make_draft
+from specforge_core.training.bench.batch import count_rows, make_batch, make_draft
 from specforge_core.training.bench.disk import measure_from_disk
-from specforge_core.training.bench.lengths import Lengths, draw_conversations, make_workload
+from specforge_core.training.bench.lengths import Lengths, draw_conversations
 from specforge_core.training.bench.measure import Card, measure, release_memory, size_bytes
 from specforge_core.training.bench.parts import profiled_parts
 from specforge_core.training.bench.paths import PATHS, TrainingPath
 from specforge_core.training.bench.results import MILLISECONDS, Row, StepRow
-from specforge_core.training.bench.shapes import SHAPES, count_rows, dense_flops, useful_flops
+from specforge_core.training.bench.shapes import SHAPES, dense_flops, useful_flops
+from specforge_core.training.bench.workload import make_workload
 from specforge_core.training.optim import build_optimizers, take_step
 from specforge_core.training.workers import compute_dtype
 

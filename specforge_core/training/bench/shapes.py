@@ -1,14 +1,9 @@
-"""Sizes of drafts worth measuring, and the FLOPs that training them takes.
+"""Sizes of drafts worth measuring, and the FLOPs that training them takes. Torch-free.
 
 T tokens of a packed batch, S steps of training-time test.
 """
 
 from typing import Any, NamedTuple
-
-import torch
-
-from specforge_core.drafts.base import DraftBatch
-from specforge_core.drafts.rows import slot_depths
 
 PEAK_BF16_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 FLOP/s by a part of the GPU's name, from NVIDIA's data sheets; the first that fits counts."""
@@ -70,20 +65,6 @@ class RowCounts(NamedTuple):
     """Supervised slots by step."""
     num_keys: int
     """Keys that all queries of all steps read together."""
-
-
-def count_rows(batch: DraftBatch, num_steps: int) -> RowCounts:
-    """The counts of a packed batch on the CPU."""
-    depth_T = slot_depths(batch.loss_mask_T, batch.document_ids_T, num_steps)
-    num_tokens = len(depth_T)
-    is_taught_by_T = torch.zeros(num_tokens + num_steps + 1, dtype=torch.bool)
-    rows, num_keys = [], 0
-    for step in range(num_steps):
-        slots = (depth_T > step).nonzero().squeeze(1)
-        is_taught_by_T[slots + 1 + step] = True
-        rows.append(len(slots))
-        num_keys += int((batch.position_ids_T[slots] + 1 + step).sum())
-    return RowCounts(num_tokens, int(is_taught_by_T.sum()), tuple(rows), num_keys)
 
 
 def dense_flops(shape: Shape, num_tokens: int, num_steps: int) -> float:
