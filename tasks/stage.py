@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from specforge_core.facts import Record
 from specforge_core.gpus import NO_DEVICES, Lease, lease_devices
 from specforge_core.ledger import record_stage
 from specforge_core.manifest_sections import Config
+from specforge_core.mirror import Mirror
 from specforge_core.plan import Recipe
 from specforge_core.process import ProcessError, SupervisedProcess, ending
 from specforge_core.stages import USER_ERROR_STATUS, StageSpec
@@ -33,6 +35,8 @@ P = ParamSpec("P")
 Logger = logging.Logger | logging.LoggerAdapter[Any]
 
 CPU_SLOT = "cpu"
+MIRROR_VARIABLE = "SPECBUNDLE_MIRROR"
+"""URL of a mirror: artifacts are taken from there before they are built, and go there once they are."""
 RETRY_DELAYS_S = [5.0, 30.0]
 
 
@@ -73,21 +77,27 @@ def run_logger() -> Logger:
 
 
 def run_stage(spec: StageSpec, build: EntryBuild) -> StageResult[Any]:
-    """The artifact of a spec: the stored one, else the one that the stage's own process builds now.
+    """The artifact of a spec: the stored one, else the mirror's, else the one that the stage's own process builds now.
 
-    Raises: StageError if that process fails or is stopped; what it has done so far is kept for the next try.
+    Raises: StageError if that process fails or is stopped; what it has done so far is kept for the next try. What the
+    mirror raises if it cannot be reached: its artifacts may be worth days.
     """
     store, stage, key = Store(build.store), spec.stage, spec.key()
+    url = os.environ.get(MIRROR_VARIABLE)
+    mirror = Mirror(url) if url else None
     found = store.find(stage, key, spec.facts_type)
-    result = StageResult(found, is_reused=True) if found else _build(spec, key, build, store)
+    result = StageResult(found, is_reused=True) if found else _build(spec, key, build, store, mirror)
     record_stage(build.store, build.recipe.entry.name, stage=stage, key=key)
+    if mirror:
+        # One that was there already, too: its push may have been interrupted.
+        mirror.push(result.artifact)
     if result.is_reused:
         build.tracking.log_metrics_file(result.artifact.path / METRICS_NAME, stage=stage)
     build.tracking.log_artifact_record(result.artifact)
     return result
 
 
-def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store) -> StageResult[Any]:
+def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store, mirror: Mirror | None) -> StageResult[Any]:
     logger, read_progress = run_logger(), progress_reader(f"{build.recipe.entry.name}-{spec.stage}")
 
     def on_line(line: str) -> None:
@@ -99,6 +109,11 @@ def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store) -> StageR
         # Another build may have made it while this one waited.
         if found := store.find(spec.stage, key, spec.facts_type):
             return StageResult(found, is_reused=True)
+        pulled = directory.with_name(f".pulling-{key}")
+        if mirror and mirror.pull(spec.stage, key, spec.facts_type, pulled):
+            # Nothing goes on from what an interrupted build left.
+            shutil.rmtree(directory)
+            return StageResult(store.commit(pulled, spec.stage, key, spec.facts_type), is_reused=True)
         spec_path = directory / SPEC_NAME
         write_atomically(spec_path, spec.model_dump_json(indent=1) + "\n")
         log = directory / LOG_NAME

@@ -13,7 +13,7 @@ from specforge_core.gpus import lease_devices
 from specforge_core.ledger import load_entry_record
 from specforge_core.process import children_end_on_error
 from tasks import stage as stage_module
-from tasks.stage import CPU_SLOT, EntryBuild, StageError, run_stage, stage_command
+from tasks.stage import CPU_SLOT, MIRROR_VARIABLE, EntryBuild, StageError, run_stage, stage_command
 from tests.builds import entry_build
 from tests.tasks.echo import EchoSpec, echo_command
 
@@ -22,6 +22,7 @@ from tests.tasks.echo import EchoSpec, echo_command
 def _echo_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage_module, "stage_command", echo_command)
     monkeypatch.setattr(stage_module, "device_lock_dir", lambda: tmp_path / "devices")
+    monkeypatch.delenv(MIRROR_VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -142,6 +143,54 @@ def test_an_interrupted_build_ends_its_stage_and_the_one_that_waits(build: Entry
         thread.join(20)
     assert sorted(type(error).__name__ for error in errors) == ["InterruptedError", "StageError"]
     assert not [child for child in psutil.Process().children(recursive=True) if "echo" in " ".join(child.cmdline())]
+
+
+@pytest.fixture
+def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is the mirror of every build of this test."""
+    monkeypatch.setenv(MIRROR_VARIABLE, f"file://{tmp_path}/mirror")
+    return tmp_path / "mirror"
+
+
+@pytest.mark.usefixtures("mirror")
+def test_what_one_host_has_built_another_takes_from_the_mirror(tmp_path: Path) -> None:
+    here, elsewhere = entry_build(tmp_path / "here"), entry_build(tmp_path / "elsewhere")
+    built = run_stage(EchoSpec(text="hello"), here)
+    # Of a build that was interrupted there.
+    leftover = elsewhere.store / "echo" / f".building-{built.artifact.key}" / "progress"
+    leftover.mkdir(parents=True)
+    taken = run_stage(EchoSpec(text="hello"), elsewhere)
+    assert (built.is_reused, taken.is_reused) == (False, True)
+    assert taken.artifact.path == elsewhere.store / "echo" / built.artifact.key
+    assert taken.artifact.model_dump() == built.artifact.model_dump()
+    assert (taken.artifact.path / "echo.txt").read_text() == "hello"
+    # It ran once, on the other host; and what it wrote there is all that is here.
+    assert (taken.artifact.path / LOG_NAME).read_text().count("hearing hello") == 1
+    assert [path.name for path in (elsewhere.store / "echo").iterdir()] == [built.artifact.key]
+    assert load_entry_record(elsewhere.store, "demo").keys == {"echo": built.artifact.key}
+
+
+def test_a_damaged_copy_in_the_mirror_is_reported_built_again_and_replaced(
+    tmp_path: Path, mirror: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_stage(EchoSpec(text="hello"), entry_build(tmp_path / "here"))
+    (copy,) = mirror.rglob("echo.txt")
+    copy.write_text("jello")
+    again = run_stage(EchoSpec(text="hello"), entry_build(tmp_path / "elsewhere"))
+    assert not again.is_reused
+    assert "is refused and built again" in caplog.text
+    assert copy.read_text() == "hello"
+    assert run_stage(EchoSpec(text="hello"), entry_build(tmp_path / "third")).is_reused
+
+
+def test_what_was_built_before_there_was_a_mirror_goes_there_with_the_next_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = entry_build(tmp_path / "store")
+    run_stage(EchoSpec(text="hello"), build)
+    monkeypatch.setenv(MIRROR_VARIABLE, f"file://{tmp_path}/mirror")
+    assert run_stage(EchoSpec(text="hello"), build).is_reused
+    assert run_stage(EchoSpec(text="hello"), entry_build(tmp_path / "elsewhere")).is_reused
 
 
 def test_several_processes_run_under_torchrun(tmp_path: Path) -> None:
