@@ -5,6 +5,7 @@ T tokens of a packed batch, U teaching tokens of it, L captured layers, D target
 
 import hashlib
 import logging
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,7 +52,7 @@ class StoredBatch(NamedTuple):
     """float32; None unless that is float8."""
 
 
-class DocumentSet:
+class DocumentSet(ABC):
     """Documents to train on: how long they are, how they are split, and in which batches they come."""
 
     def __init__(self, document_ids: Sequence[str], lengths: Sequence[int], *, max_document_tokens: int | None) -> None:
@@ -89,6 +90,27 @@ class DocumentSet:
         logger.info("epoch %d: %d micro-batches of %d tokens, %.1f %% full", epoch, len(batches), budget, 100 * fill)
         return batches
 
+    def begin(self, steps: Sequence[Sequence[Sequence[int]]], first_step: int) -> None:  # noqa: B027
+        """Say what a training will ask for, from which step on, before it does: features may have to be made first."""
+
+    @abstractmethod
+    def batches(
+        self,
+        micro_batches: Iterable[Sequence[int]],
+        *,
+        prepare: Callable[[DraftBatch], DraftBatch],
+        pin_memory: bool = False,
+    ) -> Iterator[StoredBatch]:
+        """The micro-batches of a plan, loaded and prepared in order by threads that stay a little ahead.
+
+        Args: prepare: as of `prepared`; it runs on two batches at once. pin_memory: put every tensor into pinned
+        memory, from where a copy to a GPU does not hold up the host.
+        """
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to report about where the batches come from, since the last time that it was asked for."""
+        return {}
+
 
 class FeatureSet(DocumentSet):
     """All documents of a feature directory, in stored order, memory-mapped."""
@@ -115,11 +137,7 @@ class FeatureSet(DocumentSet):
         prepare: Callable[[DraftBatch], DraftBatch],
         pin_memory: bool = False,
     ) -> Iterator[StoredBatch]:
-        """The micro-batches of a plan, loaded and prepared in order by threads that stay a little ahead.
-
-        Args: prepare: as of `prepared`; it runs on two batches at once. pin_memory: put every tensor into pinned
-        memory, from where a copy to a GPU does not hold up the host.
-        """
+        """See `DocumentSet`; the micro-batches may be any."""
 
         def load(documents: Sequence[int]) -> StoredBatch:
             return prepared(self.load_batch(documents, pin_memory=pin_memory), prepare, pin_memory=pin_memory)
