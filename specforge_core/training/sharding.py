@@ -155,7 +155,9 @@ def as_dtensor(piece: Piece, local: Tensor) -> Tensor:
     if piece.layout is None:
         return local.detach()
     last: Placement = Shard(0) if piece.is_sharded else Replicate()
-    return DTensor.from_local(local.detach(), piece.layout.mesh, (*piece.layout.placements, last), run_check=False)
+    # The same memory as a tensor that begins where it does: torch 2.13 cannot copy a DTensor of rows behind the first.
+    local = torch.from_dlpack(local.detach())
+    return DTensor.from_local(local, piece.layout.mesh, (*piece.layout.placements, last), run_check=False)
 
 
 def _begin(optimizer: Optimizer) -> None:
