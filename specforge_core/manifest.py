@@ -121,15 +121,50 @@ class ManifestEntry(Config):
             )
         return self
 
+    @property
+    def num_training_gpus(self) -> int:
+        """GPUs that train; with live features the others run the target meanwhile. 0 trains on the CPU."""
+        return self.resources.num_gpus - (self.features.serve_gpus or 0)
+
+    @model_validator(mode="after")
+    def _live_features_are_served(self) -> "ManifestEntry":
+        num_gpus, serve_gpus = self.resources.num_gpus, self.features.serve_gpus
+        if self.features.mode != "live":
+            return self
+        if num_gpus == 1:
+            raise cross_field_error(
+                ("features", "mode"),
+                "live needs a GPU that serves and one that trains, resources.num_gpus is 1; set stored or raise it",
+            )
+        if (serve_gpus is None) != (num_gpus == 0) or (serve_gpus or 0) > max(0, num_gpus - 1):
+            allowed, found = f"1 to {num_gpus - 1}" if num_gpus else "left out", serve_gpus or "left out"
+            raise cross_field_error(
+                ("features", "serve_gpus"),
+                f"with resources.num_gpus={num_gpus} it should be {allowed}, not {found}: these GPUs run the target, "
+                "the others train",
+            )
+        if self.engine.name == "transformers" and (serve_gpus or 0) > 1:
+            raise cross_field_error(
+                ("features", "serve_gpus"), f"{serve_gpus} needs engine.name: sglang; transformers runs on one GPU"
+            )
+        if self.engine.name == "sglang" and (serve_gpus or 0) % self.engine.tensor_parallel:
+            raise cross_field_error(
+                ("features", "serve_gpus"),
+                f"{serve_gpus} is no multiple of engine.tensor_parallel={self.engine.tensor_parallel}, so GPUs would "
+                "stay idle; change one of them",
+            )
+        return self
+
     @model_validator(mode="after")
     def _every_gpu_trains(self) -> "ManifestEntry":
         num_micro_batches = self.training.tokens_per_batch // self.training.tokens_per_micro_batch
-        if num_micro_batches < self.resources.num_gpus:
+        if num_micro_batches < self.num_training_gpus:
+            which = "resources.num_gpus" + " - features.serve_gpus" * (self.features.serve_gpus is not None)
             raise cross_field_error(
                 ("training", "tokens_per_batch"),
                 f"{self.training.tokens_per_batch} is {num_micro_batches} micro-batches of "
-                f"{self.training.tokens_per_micro_batch} tokens, too few for resources.num_gpus="
-                f"{self.resources.num_gpus}; raise it or lower training.tokens_per_micro_batch",
+                f"{self.training.tokens_per_micro_batch} tokens, too few for {which}="
+                f"{self.num_training_gpus}; raise it or lower training.tokens_per_micro_batch",
             )
         return self
 

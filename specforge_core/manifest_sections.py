@@ -12,6 +12,8 @@ NAME_PATTERN = r"[a-z0-9][a-z0-9.-]{0,63}"
 REPOSITORY_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_DEMO = "builtin:demo"
+EXECUTION = "execution"
+"""Marks a field that says where and how fast, not what: no stage's key depends on it."""
 
 
 def _check_name(name: str) -> str:
@@ -145,12 +147,26 @@ FeatureDtype = Literal["bfloat16", "float32", "float8"]
 
 
 class FeaturesConfig(Config):
-    """Hidden states of the target: captured once and stored."""
+    """Hidden states of the target: stored before training, or made while it runs and deleted once they are used."""
 
-    mode: Literal["stored"] = "stored"
+    mode: Literal["stored", "live"] = "stored"
+    """`live` needs no room for all of them, and the target again in each epoch."""
     dtype: FeatureDtype = "bfloat16"
     """`float8`: half of the disk and of its traffic, with a scale for each vector; see reports/training/float8.md."""
     tokens_per_shard: PositiveInt = 262_144
+    buffer_gib: Annotated[PositiveFloat, EXECUTION] = 8.0
+    """Live: how much may wait for the training, in memory (`/dev/shm`) if there is room."""
+    serve_gpus: Annotated[PositiveInt | None, EXECUTION] = None
+    """Live: how many of `resources.num_gpus` run the target; the others train. `specbundle plan` proposes a number."""
+
+    @model_validator(mode="after")
+    def _only_live_features_are_served(self) -> "FeaturesConfig":
+        if self.serve_gpus is not None and self.mode != "live":
+            raise cross_field_error(
+                ("serve_gpus",),
+                f"{self.serve_gpus} is for mode: live, where the target runs beside; remove it",
+            )
+        return self
 
 
 class TrainingConfig(Config):

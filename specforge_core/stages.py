@@ -1,8 +1,9 @@
 """The stages of the factory: what each one reads and returns. Torch-free.
 
 A stage is `python -m specforge_core STAGE --spec spec.json --out DIR`. Its spec names everything it reads; its key is a
-digest of that, so two specs with one key give one artifact. Two marks on a field say what the digest takes: INPUT, the
-content id of the artifact in that directory; EXECUTION, nothing (it says where and how fast, not what).
+digest of that, so two specs with one key give one artifact. Marks on a field say what the digest takes: INPUT, the
+content id of the artifact in that directory; EXECUTION, nothing (it says where and how fast, not what); OPTIONAL,
+nothing while it is None, so that a field which came later leaves the keys of those who do not use it as they are.
 """
 
 import sys
@@ -22,6 +23,7 @@ from specforge_core.facts import (
     Vocabulary,
 )
 from specforge_core.manifest_sections import (
+    EXECUTION,
     BenchmarkConfig,
     Config,
     DataConfig,
@@ -38,7 +40,7 @@ from specforge_core.manifest_sections import (
 USER_ERROR_STATUS = 2
 
 INPUT = "input"
-EXECUTION = "execution"
+OPTIONAL = "optional"
 InputDirectory = Annotated[Path, INPUT]
 
 
@@ -107,7 +109,7 @@ class StageSpec(Config):
     def inputs(self) -> dict[str, str]:
         """Content id by input name. Raises: FileNotFoundError if an input is not a whole artifact."""
         marked = [name for name, field in type(self).model_fields.items() if INPUT in field.metadata]
-        return {name: content_id_of(getattr(self, name)) for name in marked}
+        return {name: content_id_of(path) for name in marked if (path := getattr(self, name)) is not None}
 
     def key(self) -> str:
         """The digest of everything that the stage reads."""
@@ -129,7 +131,9 @@ def key_fields(model: BaseModel) -> dict[str, Any]:
     return {
         name: value_of(getattr(model, name))
         for name, field in type(model).model_fields.items()
-        if INPUT not in field.metadata and EXECUTION not in field.metadata
+        if INPUT not in field.metadata
+        and EXECUTION not in field.metadata
+        and not (OPTIONAL in field.metadata and getattr(model, name) is None)
     }
 
 
@@ -177,8 +181,23 @@ class CaptureSpec(StageSpec):
     batch_tokens: Annotated[int, EXECUTION] = 8192
 
 
+class LiveSource(Config):
+    """What makes a training's features while it runs. Their layers and dtype are those of the stored ones."""
+
+    engine: UnmeasuredEngine
+    serve_gpus: Annotated[int, EXECUTION] = 0
+    """The last ones of those that the stage sees; the processes that train have the others."""
+    buffer_gib: Annotated[float, EXECUTION] = 8.0
+    """How much may wait for the training."""
+    batch_tokens: Annotated[int, EXECUTION] = 8192
+    """Of a forward of the target."""
+
+
 class TrainSpec(StageSpec):
-    """Hidden states in, a draft checkpoint out."""
+    """Hidden states in, a draft checkpoint out. With `live` only the held-out ones need be stored.
+
+    Live features differ from stored ones by the target's rounding, so the two trainings have keys of their own.
+    """
 
     stage: ClassVar[str] = "train"
     version: ClassVar[int] = 2
@@ -190,6 +209,9 @@ class TrainSpec(StageSpec):
     draft: DraftConfig
     training: TrainingConfig
     num_processes: Annotated[int, EXECUTION] = 1
+    live: Annotated[LiveSource | None, OPTIONAL] = None
+    conversations: Annotated[Path | None, INPUT] = None
+    """What the target reads; None unless features are live."""
 
 
 class ExportSpec(StageSpec):

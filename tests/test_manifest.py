@@ -186,6 +186,52 @@ def test_scalars_are_read_as_yaml_1_2_reads_them(tmp_path: Path) -> None:
             18,
             "training.tokens_per_batch: 8192 is 1 micro-batches of 8192 tokens, too few for resources.num_gpus=2",
         ),
+        (
+            "    resources: {num_gpus: 2}\n    features:\n      {mode: live}",
+            18,
+            "features.serve_gpus: with resources.num_gpus=2 it should be 1 to 1, not left out: these GPUs run the "
+            "target, the others train",
+        ),
+        (
+            "    resources: {num_gpus: 2}\n    features:\n      mode: live\n      serve_gpus: 2",
+            20,
+            "features.serve_gpus: with resources.num_gpus=2 it should be 1 to 1, not 2",
+        ),
+        (
+            "    resources: {num_gpus: 0}\n    engine: {name: transformers}\n"
+            "    features:\n      mode: live\n      serve_gpus: 1",
+            21,
+            "features.serve_gpus: with resources.num_gpus=0 it should be left out, not 1",
+        ),
+        (
+            "    features:\n      mode: live\n      serve_gpus: 1",
+            18,
+            "features.mode: live needs a GPU that serves and one that trains, resources.num_gpus is 1",
+        ),
+        (
+            "    features:\n      serve_gpus: 1",
+            18,
+            "features.serve_gpus: 1 is for mode: live, where the target runs beside; remove it",
+        ),
+        (
+            "    resources: {num_gpus: 8}\n    engine: {tensor_parallel: 2}\n    training: {tokens_per_batch: 65536}\n"
+            "    features:\n      mode: live\n      serve_gpus: 3",
+            22,
+            "features.serve_gpus: 3 is no multiple of engine.tensor_parallel=2, so GPUs would stay idle; change one",
+        ),
+        (
+            "    resources: {num_gpus: 4}\n    engine: {name: transformers}\n    training: {tokens_per_batch: 65536}\n"
+            "    features:\n      mode: live\n      serve_gpus: 2",
+            22,
+            "features.serve_gpus: 2 needs engine.name: sglang; transformers runs on one GPU",
+        ),
+        (
+            "    resources: {num_gpus: 4}\n    features: {mode: live, serve_gpus: 1}\n"
+            "    training: {tokens_per_batch: 16384}",
+            19,
+            "training.tokens_per_batch: 16384 is 2 micro-batches of 8192 tokens, too few for resources.num_gpus - "
+            "features.serve_gpus=3",
+        ),
         ("    gates: {min_speedup: 4.5}", 17, "gates.min_speedup: 4.5 can never be reached: a step emits at most 4"),
         (
             "    gates: {min_speedup: 1.5}\n    benchmark: {serving: [{concurrency: 8}]}",
@@ -398,6 +444,14 @@ def test_an_entrys_digest_follows_its_values_and_not_their_order(tmp_path: Path)
     text = json.dumps(json.loads(one.model_dump_json()), sort_keys=True, separators=(",", ":"))
     assert one.digest() == hashlib.sha256(text.encode()).hexdigest()[:20] == same.digest()
     assert other.digest() != one.digest()
+
+
+def test_gpus_that_serve_do_not_train(tmp_path: Path) -> None:
+    gpus = "    resources: {num_gpus: 4}\n    features: {mode: live, serve_gpus: 1}\n"
+    (entry,) = Manifest.load(write(tmp_path, VALID + gpus + "    training: {tokens_per_batch: 24576}\n")).entries
+    assert entry.num_training_gpus == 3
+    (entry,) = Manifest.load(write(tmp_path, VALID)).entries
+    assert entry.num_training_gpus == 1
 
 
 def test_models_made_in_code_are_checked_too() -> None:

@@ -13,6 +13,7 @@ from specforge_core.stages import (
     BenchmarkSpec,
     CaptureSpec,
     ExportSpec,
+    LiveSource,
     RegenerateSpec,
     ResolvedBenchmark,
     ResolvedData,
@@ -21,7 +22,9 @@ from specforge_core.stages import (
     ResolvedTarget,
     StageSpec,
     TrainSpec,
+    UnmeasuredEngine,
     VocabularySpec,
+    key_fields,
 )
 
 TARGET = ResolvedTarget(model="/here/target", content_id="weights")
@@ -95,6 +98,7 @@ def test_where_and_how_fast_a_stage_runs_does_not_change_its_key(specs: dict[str
         assert changed(spec, device="cuda") == spec.key()
     assert changed(specs["regenerate"], batch_size=1) == specs["regenerate"].key()
     assert changed(specs["capture"], batch_tokens=1) == specs["capture"].key()
+    assert changed(specs["capture"], features=FeaturesConfig(buffer_gib=1)) == specs["capture"].key()
     assert changed(specs["train"], num_processes=2) == specs["train"].key()
 
 
@@ -127,6 +131,24 @@ def test_every_unmarked_field_changes_the_key(specs: dict[str, StageSpec]) -> No
     ]
     for stage, change in changes:
         assert changed(specs[stage], **change) != specs[stage].key(), change
+
+
+def test_live_features_change_the_key_of_a_training_and_leave_those_without_as_they_are(
+    specs: dict[str, StageSpec], tmp_path: Path
+) -> None:
+    stored = specs["train"]
+    # As digests were made before there were any.
+    assert set(key_fields(stored)) == {"target", "draft", "training"}
+    assert set(stored.inputs()) == {"hidden_states", "vocabulary"}
+    live = LiveSource(engine=UnmeasuredEngine(name="sglang"))
+    conversations = artifact(tmp_path / "dialogues", "some")
+    key = changed(stored, live=live, conversations=conversations)
+    assert key != stored.key()
+    assert key != changed(stored, live=live, conversations=artifact(tmp_path / "other", "others"))
+    other = live.model_copy(update={"engine": UnmeasuredEngine(name="transformers")})
+    assert key != changed(stored, live=other, conversations=conversations)
+    roomier = LiveSource(engine=live.engine, serve_gpus=2, buffer_gib=1.0, batch_tokens=7)
+    assert key == changed(stored, live=roomier, conversations=conversations)
 
 
 def test_content_that_moves_keeps_the_key_and_content_that_changes_does_not(specs: dict[str, StageSpec]) -> None:
