@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from specforge_core.drafts.peers import Peers
 from specforge_core.drafts.rows import RowIndex
 from specforge_core.manifest_sections import DraftConfig
 
@@ -82,6 +83,9 @@ class DraftModel(nn.Module, ABC):
     """What losses and gradients are computed in, their sums aside; None for the dtype of the parameters."""
     float8_matmuls: bool = False
     """Whether head and feed-forward multiply in float8 when gradients are wanted; see `TrainingConfig`."""
+    peers: Peers = Peers()
+    """The processes that work on each batch together. All of them are given the same batches; each returns and
+    accumulates its part of the sums."""
 
     @classmethod
     @abstractmethod

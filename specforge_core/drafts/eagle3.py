@@ -235,7 +235,7 @@ class Eagle3Draft(DraftModel):
         for rows, outputs in layer_outputs(self, batch):
             for drafted_T, output_RD in zip(chain_KT, outputs, strict=False):
                 drafted_T[rows.slot_R[: len(output_RD)]] = self.draft_to_target(self._greedy(output_RD))
-        return chain_KT
+        return self.peers.latest(chain_KT)
 
     def _greedy(self, head_input_RD: Tensor) -> Tensor:
         """The favourite draft token of each row; the logits of all rows never exist at once."""
@@ -251,6 +251,8 @@ class Eagle3Draft(DraftModel):
             num_steps=num_steps,
             rows_per_pass=rows_per_pass(len(self.d2t)),
             bucket=ROW_BUCKET if self.fc.weight.is_cuda else 1,
+            share=self.peers.share,
+            num_shares=self.peers.num_shares,
         )
         return tree_map_only(Tensor, lambda x: x.to(device), index)
 

@@ -43,11 +43,13 @@ class Pass(NamedTuple):
 
 
 class RowIndex(NamedTuple):
-    """All supervised slots of a packed batch."""
+    """All supervised slots of a packed batch, or a process's share of them."""
 
     passes: tuple[Pass, ...]
     num_positions: int
     """More than any RoPE position that occurs."""
+    num_slots: int
+    """Of all shares together."""
 
 
 def is_teaching(loss_mask_T: Tensor, document_ids_T: Tensor) -> Tensor:
@@ -80,10 +82,13 @@ def index_rows(
     num_steps: int,
     rows_per_pass: int,
     bucket: int = 1,
+    share: int = 0,
+    num_shares: int = 1,
 ) -> RowIndex:
     """The row index of a packed batch on the CPU.
 
-    Args: rows_per_pass: at most so many rows, a multiple of `bucket`, to which numbers of rows are rounded up.
+    Args: rows_per_pass: at most so many rows, a multiple of `bucket`, to which numbers of rows are rounded up;
+    share, num_shares: which passes to return, of the shares that processes take.
     """
     num_tokens = len(loss_mask_T)
     token_T = torch.arange(num_tokens)
@@ -96,17 +101,28 @@ def index_rows(
     slots = depth_T.nonzero().squeeze(1)
     # As many rows in each pass, so that none is too small for matrix products at full speed.
     num_passes = max(1, -(-len(slots) // rows_per_pass))
+    if num_shares > 1:
+        # Rounds in pairs, see `_is_dealt_to`.
+        num_passes = _round_up(num_passes, 2 * num_shares)
     rows_per_pass = _round_up(-(-len(slots) // num_passes), bucket)
     passes = tuple(
         _make_pass(
             slots[first : first + rows_per_pass], start_T, depth_T, teacher_of_T, num_steps, bucket, len(teaching_U)
         )
-        for first in range(0, len(slots), max(1, rows_per_pass))
+        for number, first in enumerate(range(0, len(slots), max(1, rows_per_pass)))
+        if _is_dealt_to(share, num_shares, number)
     )
     return RowIndex(
         passes=passes,
+        num_slots=len(slots),
         num_positions=_round_up(int((token_T - start_T).max()) + 1 + num_steps, bucket),
     )
+
+
+def _is_dealt_to(share: int, num_shares: int, number: int) -> bool:
+    """Whether the pass is this share's: to and fro, because in a long document later rows read more keys."""
+    turn, place = divmod(number, num_shares)
+    return share == (num_shares - 1 - place if turn % 2 else place)
 
 
 def _make_pass(

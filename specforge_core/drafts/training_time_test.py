@@ -18,6 +18,7 @@ from torch.profiler import record_function
 
 from specforge_core.drafts.base import DraftBatch, DraftLoss
 from specforge_core.drafts.linear import FeedForward, Weight, gradient_buffer, linear, make_weight
+from specforge_core.drafts.peers import Peers, from_row_parts, row_part
 from specforge_core.drafts.rows import Pass, RowIndex
 from specforge_core.kernels.linear_soft_cross_entropy import HeadLoss, Teacher, linear_soft_cross_entropy
 from specforge_core.kernels.rms_norm import residual_rms_norm, rms_norm
@@ -70,13 +71,13 @@ def training_time_test(draft: "Eagle3Draft", batch: DraftBatch) -> DraftLoss:
     weights = make_weights(draft)
     rows = prepared_rows(batch)
     losses = DraftLoss.zero(draft.num_positions, batch.input_ids_T.device)
-    if not rows.passes:
+    if not rows.num_slots:
         return losses
     sources, shared = share(draft, weights, batch, rows)
     for one in rows.passes:
         losses = losses.plus(run_pass(draft, weights, shared, batch, one))
     if torch.is_grad_enabled():
-        sources.backward(shared)
+        sources.backward(shared, draft.peers)
     return losses
 
 
@@ -123,72 +124,78 @@ def make_weights(draft: "Eagle3Draft") -> Weights:
 
 
 class Sources(NamedTuple):
-    """Where the leaves of `Shared` come from."""
+    """Where the leaves of `Shared` come from: this process's share of each, which is all of it if there is no other."""
 
     hidden_TD: Tensor
+    hidden_leaf_TD: Tensor
+    """The same, from where its gradient is carried on by hand."""
     key_value_TEC: Tensor
     query_embedding_UE: Tensor
     key_value_embedding_TE: Tensor
 
-    def backward(self, shared: Shared) -> None:
+    def backward(self, shared: Shared, peers: Peers) -> None:
         """Carry on the gradients that the passes left in the leaves."""
+        # The step-0 keys and values first: they add to the gradients of the hidden states and of the embedding half.
+        torch.autograd.backward(self.key_value_TEC, peers.sum_to_share(_gradient(shared.key_value_TEC)))
+        hidden_grad_TD = peers.sum_to_share(_gradient(shared.hidden_TD)) + _gradient(self.hidden_leaf_TD)
+        halves = (self.query_embedding_UE, self.key_value_embedding_TE)
         assert shared.query_embedding_grad_UE is not None
         assert shared.key_value_embedding_grad_TE is not None
-        # The step-0 keys and values first: they add to the gradients of the hidden states and of the embedding half.
-        torch.autograd.backward(self.key_value_TEC, shared.key_value_TEC.grad)
-        embedding_halves = [self.query_embedding_UE, self.key_value_embedding_TE]
-        embedding_grads = [shared.query_embedding_grad_UE, shared.key_value_embedding_grad_TE]
+        half_grads = (shared.query_embedding_grad_UE, shared.key_value_embedding_grad_TE)
         torch.autograd.backward(
-            [self.hidden_TD, *embedding_halves],
+            [self.hidden_TD, *halves],
             [
-                shared.hidden_TD.grad,
-                *(grad.to(half.dtype) for grad, half in zip(embedding_grads, embedding_halves, strict=True)),
+                hidden_grad_TD,
+                *(peers.sum_to_share(grad).to(half.dtype) for grad, half in zip(half_grads, halves, strict=True)),
             ],
         )
 
 
 def share(draft: "Eagle3Draft", weights: Weights, batch: DraftBatch, rows: RowIndex) -> tuple[Sources, Shared]:
     """What all passes read, and where it comes from."""
-    layer, shape = draft.midlayer, draft.shape
+    layer, shape, peers = draft.midlayer, draft.shape, draft.peers
+    num_tokens, num_teaching = len(batch.input_ids_T), len(batch.teaching_U)
+    own_tokens, own_teaching = peers.own(num_tokens), peers.own(num_teaching)
     with record_function("projections"):
-        hidden_TD = linear(draft.fc_input(batch.aux_hidden_TLD.to(weights.dtype)), weights.fc)
+        hidden_TD = linear(draft.fc_input(batch.aux_hidden_TLD[own_tokens].to(weights.dtype)), weights.fc)
         embedding_TD = rms_norm(
             F.embedding(batch.input_ids_T, draft.embed_tokens).to(weights.dtype),
             layer.input_layernorm.weight,
             shape.eps,
         )
-        query_embedding_UE = linear(embedding_TD[batch.teaching_U], weights.query_embedding)
-        key_value_embedding_TE = linear(embedding_TD, weights.key_value_embedding)
-    query_half, query_half_grad = _leaf(query_embedding_UE)
-    key_value_half, key_value_half_grad = _leaf(key_value_embedding_TE)
+        embedding_TD = peers.spread(embedding_TD)
+        query_embedding_UE = linear(embedding_TD[batch.teaching_U[own_teaching]], weights.query_embedding)
+        key_value_embedding_TE = linear(embedding_TD[own_tokens], weights.key_value_embedding)
+    query_half, query_half_grad = _leaf(peers.gather(query_embedding_UE, num_teaching))
+    key_value_half, key_value_half_grad = _leaf(peers.gather(key_value_embedding_TE, num_tokens))
     hidden_leaf_TD = hidden_TD.detach().requires_grad_(torch.is_grad_enabled())
     position_P = torch.arange(rows.num_positions, device=hidden_TD.device)
     cos_PC, sin_PC = (table[:, : shape.head_dim // 2] for table in layer.rotary(position_P))
     with record_function("projections"):
         normed_TD = rms_norm(hidden_leaf_TD, layer.hidden_norm.weight, shape.eps)
-        key_value_TE = linear(normed_TD, weights.key_value_hidden)
+        key_value_TE = linear(peers.spread(normed_TD), weights.key_value_hidden)
         # Slot t consumes token t + 1 at step 0. The last slot of a document reads what nothing reads of it.
-        token_T = torch.arange(len(batch.input_ids_T), device=hidden_TD.device)
+        token_T = torch.arange(num_tokens, device=hidden_TD.device)[own_tokens]
         part = Part(2 * shape.num_kv_heads, shape.num_kv_heads, key_value_half, key_value_half_grad, token_T, 1)
-        (key_value_TEC,) = add_rope(key_value_TE, [part], batch.position_ids_T, 0, cos_PC, sin_PC)
+        (key_value_TEC,) = add_rope(key_value_TE, [part], batch.position_ids_T[own_tokens], 0, cos_PC, sin_PC)
     shared = Shared(
-        hidden_TD=hidden_leaf_TD,
+        hidden_TD=peers.gather(hidden_TD, num_tokens).requires_grad_(torch.is_grad_enabled()),
         query_embedding_UE=query_half,
         query_embedding_grad_UE=query_half_grad,
         key_value_embedding_TE=key_value_half,
         key_value_embedding_grad_TE=key_value_half_grad,
-        key_value_TEC=key_value_TEC.detach().requires_grad_(torch.is_grad_enabled()),
+        key_value_TEC=peers.gather(key_value_TEC, num_tokens).requires_grad_(torch.is_grad_enabled()),
         cos_PC=cos_PC,
         sin_PC=sin_PC,
     )
-    return Sources(hidden_TD, key_value_TEC, query_embedding_UE, key_value_embedding_TE), shared
+    return Sources(hidden_TD, hidden_leaf_TD, key_value_TEC, query_embedding_UE, key_value_embedding_TE), shared
 
 
 def run_steps(
     draft: "Eagle3Draft", weights: Weights, shared: Shared, rows: Pass, feed_forward: FeedForward
 ) -> list[Tensor]:
     """The head's input [rows of the step, D] at each step that has rows, the data's tokens going in."""
-    layer, shape = draft.midlayer, draft.shape
+    layer, shape, peers = draft.midlayer, draft.shape, draft.peers
     hidden_RD = shared.hidden_TD.index_select(0, rows.slot_R)
     own_key_values: list[Tensor] = []
     outputs: list[Tensor] = []
@@ -210,7 +217,7 @@ def run_steps(
             if step == 0:
                 parts, weight = [query_part], weights.query_hidden
             query_RNC, *own = add_rope(
-                linear(normed_RD, weight), parts, rows.position_R, step, shared.cos_PC, shared.sin_PC
+                linear(peers.spread(normed_RD), weight), parts, rows.position_R, step, shared.cos_PC, shared.sin_PC
             )
             own_key_values += own
         with record_function("attention"):
@@ -218,12 +225,12 @@ def run_steps(
                 query_RNC, shared.key_value_TEC, own_key_values, rows.start_R, rows.slot_R, rows.attention
             )
         with record_function("projections"):
-            attended_RD = linear(attended_RNC.flatten(1), weights.output)
+            attended_RD = peers.collect(linear(attended_RNC.flatten(1), weights.output))
         with record_function("feed-forward"):
             normed_RD, residual_RD = residual_rms_norm(
                 residual_RD, layer.post_attention_layernorm.weight, shape.eps, branch_RD=attended_RD
             )
-            transformed_RD = feed_forward(normed_RD)
+            transformed_RD = peers.collect(feed_forward(peers.spread(normed_RD)))
         with record_function("head"):
             output_RD, hidden_RD = residual_rms_norm(
                 residual_RD, draft.norm.weight, shape.eps, branch_RD=transformed_RD
@@ -241,17 +248,18 @@ def run_pass(draft: "Eagle3Draft", weights: Weights, shared: Shared, batch: Draf
     step_weights = [draft.step_loss_decay**step for step in range(len(outputs))]
     with record_function("head"):
         head = linear_soft_cross_entropy(
-            [output_RD.detach() for output_RD in outputs],
+            [row_part(output_RD.detach(), draft.peers) for output_RD in outputs],
             weights.head.value_OI,
             make_teacher(draft, weights, batch, rows),
-            rows.teacher_R - rows.first_teacher,
-            rows.depth_R,
+            row_part(rows.teacher_R - rows.first_teacher, draft.peers),
+            row_part(rows.depth_R, draft.peers),
             step_weights=step_weights,
             weight_grad_WH=gradient_buffer(draft.lm_head.weight) if torch.is_grad_enabled() else None,
             weight_float8=weights.head.float8,
         )
-    if torch.is_grad_enabled():
-        torch.autograd.backward(outputs, head.hidden_grads)
+    if head.hidden_grads is not None:
+        grads = [from_row_parts(grad, x, draft.peers) for grad, x in zip(head.hidden_grads, outputs, strict=True)]
+        torch.autograd.backward(outputs, grads)
         with record_function("feed-forward"):
             feed_forward.accumulate()
     return _sums(head, step_weights, draft.num_positions)
@@ -281,6 +289,11 @@ def _sums(head: HeadLoss, step_weights: list[float], num_positions: int) -> Draf
         accepted_K=by_position(head.accepted_S),
         valid_K=by_position(head.valid_S),
     )
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    """Zero if no pass read the leaf."""
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _leaf(x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -26,8 +26,8 @@ from torch.optim import Optimizer
 from specforge_core.drafts.linear import gradient_buffer
 
 # torch 2.13 renames both, and warns of the old names.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Layout(NamedTuple):
@@ -91,7 +91,7 @@ class Sharding:
         for piece in self.pieces:
             gradient, mine = gradient_buffer(piece.parameter), self._gradient(piece)
             if piece.layout is not None and piece.is_sharded:
-                pending.append(_reduce_scatter(mine, gradient, group=piece.group, async_op=True))
+                pending.append(reduce_scatter(mine, gradient, group=piece.group, async_op=True))
             elif piece.layout is not None:
                 pending.append(dist.all_reduce(gradient, group=piece.group, async_op=True))
         for work in pending:
@@ -117,7 +117,7 @@ class Sharding:
     def gather_parameters(self) -> None:
         """Bring the stepped rows to the processes that hold the others."""
         pending = [
-            _all_gather(piece.parameter.data, piece.shard.data, group=piece.group, async_op=True)
+            all_gather(piece.parameter.data, piece.shard.data, group=piece.group, async_op=True)
             for piece in self.pieces
             if piece.is_sharded
         ]

@@ -43,6 +43,19 @@ def test_data_parallel_steps_are_those_of_one_process(optimizer: str, alone, tmp
     assert_same(Mesh(dp=2), optimizer, alone[optimizer], tmp_path)
 
 
+@pytest.mark.parametrize("mesh", [Mesh(cp=2), Mesh(tp=2)], ids=str)
+def test_processes_that_share_a_batch_step_like_one(mesh: Mesh, alone, tmp_path: Path):
+    assert_same(mesh, "adamw", alone["adamw"], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh", [Mesh(dp=2, cp=2), Mesh(dp=2, tp=2), Mesh(cp=2, tp=2), Mesh(dp=4), Mesh(dp=3), Mesh(cp=4)], ids=str
+)
+def test_any_mesh_steps_like_one_process(mesh: Mesh, alone, tmp_path: Path):
+    assert_same(mesh, "adamw", alone["adamw"], tmp_path)
+
+
 def test_the_cases_clip_and_are_uneven(alone):
     norms = [alone["adamw"][f"step {step} grad_norm"].item() for step in range(3)]
     assert min(norms) > 0.05
