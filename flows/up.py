@@ -10,7 +10,8 @@ from flows.services import HOST, PREFECT, Service, api_url, prefect_server
 from specforge_core.process import SupervisedProcess
 from tasks.tracking import comparison_url, server_command, tracking_uri
 
-POOL = "specbundle"
+POOL, DEPLOYMENT = "specbundle", "build"
+"""Of prefect.yaml: those that need nothing but this host."""
 
 
 def run_services(store: Path, *, prefect_port: int, mlflow_port: int) -> int:
@@ -35,7 +36,8 @@ def run_services(store: Path, *, prefect_port: int, mlflow_port: int) -> int:
             stack.enter_context(service)
         for service in services:
             service.wait_ready()
-        for options in (["work-pool", "create", POOL, "--type", "process", "--overwrite"], ["deploy", "--all"]):
+        pool = ["work-pool", "create", POOL, "--type", "process", "--overwrite"]
+        for options in (pool, ["deploy", "--name", DEPLOYMENT]):
             subprocess.run([*PREFECT, "--no-prompt", *options], env=env, check=True, stdout=subprocess.DEVNULL)
         say(f"Prefect: http://{HOST}:{prefect_port}")
         say(f"MLflow:  {comparison_url(store, port=mlflow_port) or mlflow_url}")
