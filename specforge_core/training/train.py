@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from torch.optim import Optimizer
 
 from specforge_core.artifacts import METRICS_NAME, PROGRESS_DIRECTORY, write_atomically
 from specforge_core.data.loader import FeatureSet, plan_steps, rank_share
@@ -27,11 +28,13 @@ from specforge_core.kernels.float8_product import multiplies_float8
 from specforge_core.manifest_sections import TrainingConfig
 from specforge_core.progress import progress
 from specforge_core.stages import TrainSpec
-from specforge_core.training.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
+from specforge_core.training.checkpoint import Checkpointer, TrainingState, load_state
 from specforge_core.training.evaluate import Evaluation, evaluate
 from specforge_core.training.metrics import Meter, append_metrics, drop_metrics_after, milestones
 from specforge_core.training.optim import build_optimizers, learning_rate_factor, set_learning_rate
+from specforge_core.training.parallel import parallelize
 from specforge_core.training.prefetch import device_batches
+from specforge_core.training.sharding import Sharding
 from specforge_core.training.step import train_step
 from specforge_core.training.workers import Workers, join_workers
 
@@ -51,6 +54,16 @@ class Plan(NamedTuple):
     eval: list[list[int]]
 
 
+class Run(NamedTuple):
+    """A training on one of its workers."""
+
+    config: TrainingConfig
+    draft: DraftModel
+    features: FeatureSet
+    plan: Plan
+    workers: Workers
+
+
 def main(spec: TrainSpec, out: Path) -> DraftCheckpoint:
     """Facts about the trained draft; an interrupted training goes on from its last checkpoint.
 
@@ -59,11 +72,11 @@ def main(spec: TrainSpec, out: Path) -> DraftCheckpoint:
     with join_workers(spec.device) as workers:
         check_float8(spec.training, workers.device)
         features = FeatureSet(spec.hidden_states, max_document_tokens=spec.training.max_document_tokens)
-        plan = plan_training(features, spec.training, workers.world_size)
+        plan = plan_training(features, spec.training, workers.num_replicas)
         draft = create_draft(spec).to(workers.device)
         draft.compute_dtype = workers.compute_dtype
         draft.float8_matmuls = spec.training.float8_matmuls
-        state, evaluation = train(spec, out, draft, features, plan, workers)
+        state, evaluation = train(Run(spec.training, draft, features, plan, workers), out, spec.key())
         if workers.is_first:
             save_file(draft.serving_state_dict(), out / DRAFT_NAME)
             write_atomically(out / DRAFT_CONFIG_NAME, json.dumps(draft.serving_config(), indent=1) + "\n")
@@ -121,25 +134,46 @@ def create_draft(spec: TrainSpec) -> DraftModel:
     )
 
 
-def train(
-    spec: TrainSpec, out: Path, draft: DraftModel, features: FeatureSet, plan: Plan, workers: Workers
-) -> tuple[TrainingState, Evaluation]:
-    """Train `draft` in place. Returns: the state behind the last step, and the last evaluation."""
-    config, num_steps = spec.training, len(plan.steps)
-    directory, metrics_path = out / PROGRESS_DIRECTORY / "checkpoints", out / METRICS_NAME
-    optimizers = build_optimizers(draft, config)
-    state = TrainingState(key=spec.key(), step=0, tokens_seen=0)
-    if found := checkpoints(directory):
-        state = load_checkpoint(found[-1], draft, optimizers, key=state.key)
-    if workers.is_first:
-        drop_metrics_after(metrics_path, state.step)
+def train(run: Run, out: Path, key: str) -> tuple[TrainingState, Evaluation]:
+    """Train the draft in place, to what it was at its best. Returns: where that was, and its evaluation."""
+    sharding = parallelize(run.draft, run.config, run.workers)
+    optimizers = build_optimizers(sharding, run.config)
+    with Checkpointer(out / PROGRESS_DIRECTORY / "checkpoints", sharding, optimizers, run.workers) as checkpointer:
+        state = TrainingState(key=key, step=0, tokens_seen=0)
+        if newest := checkpointer.newest():
+            state = checkpointer.load(newest, key=key)
+        if run.workers.is_first:
+            drop_metrics_after(out / METRICS_NAME, state.step)
+        state, evaluation = take_steps(run, sharding, optimizers, checkpointer, state, out / METRICS_NAME)
+        best = checkpointer.best()
+        assert best is not None, "the last step ends with an evaluation and a checkpoint"
+        if load_state(best) != state:
+            state, evaluation = checkpointer.load(best, key=key), None
+    # None there also behind an interruption after the last step.
+    return state, evaluation or evaluate(
+        run.draft, eval_batches(run.draft, run.features, run.plan, run.workers), run.workers
+    )
+
+
+def take_steps(
+    run: Run,
+    sharding: Sharding,
+    optimizers: list[Optimizer],
+    checkpointer: Checkpointer,
+    state: TrainingState,
+    metrics_path: Path,
+) -> tuple[TrainingState, Evaluation | None]:
+    """The steps behind `state`. Returns: the state behind the last one, and the last evaluation, if there was one."""
+    config, plan, draft, features, workers = run.config, run.plan, run.draft, run.features, run.workers
+    num_steps = len(plan.steps)
     step_tokens = [sum(features.lengths[i] for batch in step for i in batch) for step in plan.steps]
-    shares = [rank_share(step, workers.rank, workers.world_size) for step in plan.steps]
+    shares = [rank_share(step, workers.replica, workers.num_replicas) for step in plan.steps]
     batches = prepared_batches(draft, features, (batch for share in shares[state.step :] for batch in share), workers)
-    save_at = milestones(num_steps, config.checkpoints_per_run)
     evaluate_at = milestones(num_steps, config.evals_per_run)
+    # Every evaluation is a checkpoint, so that the best one can be gone back to.
+    save_at = milestones(num_steps, config.checkpoints_per_run) | evaluate_at
     # Every checkpoint ends a report, so that no sum has to be carried over an interruption.
-    report_at = milestones(num_steps, REPORTS_PER_RUN) | save_at | evaluate_at
+    report_at = milestones(num_steps, REPORTS_PER_RUN) | save_at
     evaluation = None
     meter = Meter(draft.num_positions, workers.device)
     with progress(
@@ -149,7 +183,7 @@ def train(
             factor = learning_rate_factor(step, num_steps, config.warmup_fraction)
             set_learning_rate(optimizers, factor)
             micro_batches = islice(batches, len(shares[step]))
-            losses, grad_norm = train_step(draft, optimizers, micro_batches, config.max_grad_norm, workers)
+            losses, grad_norm = train_step(draft, optimizers, micro_batches, config.max_grad_norm, workers, sharding)
             state = TrainingState(key=state.key, step=step + 1, tokens_seen=state.tokens_seen + step_tokens[step])
             bar.update(step_tokens[step])
             meter.add(losses, step_tokens[step])
@@ -160,14 +194,13 @@ def train(
             if state.step in evaluate_at:
                 evaluation = evaluate(draft, eval_batches(draft, features, plan, workers), workers)
                 metrics |= evaluation.metrics()
+                state = state.model_copy(update={"acceptance_length": evaluation.acceptance_length})
             if workers.is_first:
                 append_metrics(metrics_path, state.step, metrics)
-                if state.step in save_at:
-                    save_checkpoint(directory, draft, optimizers, state)
+            if state.step in save_at:
+                checkpointer.save(state)
             meter.restart()
-    if evaluation is None:
-        # Interrupted behind the last checkpoint.
-        evaluation = evaluate(draft, eval_batches(draft, features, plan, workers), workers)
+    checkpointer.finish()
     return state, evaluation
 
 
@@ -181,4 +214,4 @@ def prepared_batches(
 
 def eval_batches(draft: DraftModel, features: FeatureSet, plan: Plan, workers: Workers) -> Iterator[DraftBatch]:
     """This worker's share of the held-out documents."""
-    return prepared_batches(draft, features, rank_share(plan.eval, workers.rank, workers.world_size), workers)
+    return prepared_batches(draft, features, rank_share(plan.eval, workers.replica, workers.num_replicas), workers)

@@ -1,85 +1,163 @@
-"""Checkpoints: whole or absent, two kept, everything restored."""
+"""Checkpoints: whole or absent, the last ones and the best one kept, everything restored, written beside the training.
 
+On several processes: `test_train.py`.
+"""
+
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
 from specforge_core.manifest_sections import TrainingConfig
-from specforge_core.training.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
+from specforge_core.training import checkpoint
+from specforge_core.training.checkpoint import Checkpointer, TrainingState, checkpoints
 from specforge_core.training.optim import build_optimizers
+from specforge_core.training.sharding import Sharding
+from specforge_core.training.step import train_step
+from specforge_core.training.workers import Workers
 from tests.drafts.synthetic import make_document, make_draft, pack
 
 CONFIG = TrainingConfig(optimizer="muon", learning_rate=1e-2)
+ALONE = Workers(rank=0, world_size=1, device=torch.device("cpu"))
 
 
-def state(step: int, key: str = "mine") -> TrainingState:
-    return TrainingState(key=key, step=step, tokens_seen=10 * step)
+def state(step: int, *, acceptance_length: float | None = None, key: str = "mine") -> TrainingState:
+    return TrainingState(key=key, step=step, tokens_seen=10 * step, acceptance_length=acceptance_length)
 
 
-def take_steps(draft, optimizers, count: int) -> list[float]:
-    batch = draft.prepare(pack([make_document("PPAAAAAA", seed=3)]))
-    losses = []
-    for _ in range(count):
-        draft.zero_grad()
-        loss = draft.accumulate_gradients(batch).loss_sum
-        for optimizer in optimizers:
-            optimizer.step()
-        losses.append(loss.item())
-    return losses
+class Trainee:
+    """A draft with all that steps it, and its checkpoints in a folder."""
+
+    def __init__(self, directory: Path, *, seed: int = 2) -> None:
+        self.draft = make_draft(seed=seed)
+        self.sharding = Sharding(self.draft)
+        self.optimizers = build_optimizers(self.sharding, CONFIG)
+        self.checkpointer = Checkpointer(directory, self.sharding, self.optimizers, ALONE)
+
+    def take_steps(self, count: int) -> list[float]:
+        """Losses."""
+        batch = self.draft.prepare(pack([make_document("PPAAAAAA", seed=3)]))
+        results = [train_step(self.draft, self.optimizers, [batch], 0.5, ALONE, self.sharding) for _ in range(count)]
+        return [result.losses.loss_sum.item() for result in results]
+
+    def save(self, *states: TrainingState) -> None:
+        for one in states:
+            self.checkpointer.save(one)
+        self.checkpointer.finish()
+
+
+def names(directory: Path) -> list[str]:
+    return [path.name for path in checkpoints(directory)]
 
 
 def test_training_goes_on_bit_for_bit_with_both_optimizers(tmp_path: Path):
-    draft = make_draft()
-    optimizers = build_optimizers(draft, CONFIG)
-    take_steps(draft, optimizers, 3)
-    path = save_checkpoint(tmp_path, draft, optimizers, state(3))
-    expected = take_steps(draft, optimizers, 3)
+    trainee = Trainee(tmp_path)
+    trainee.take_steps(3)
+    trainee.save(state(3, acceptance_length=1.5))
+    expected = trainee.take_steps(3)
 
-    other = make_draft(seed=99)
-    other_optimizers = build_optimizers(other, CONFIG)
-    assert load_checkpoint(path, other, other_optimizers, key="mine") == state(3)
-    assert take_steps(other, other_optimizers, 3) == expected
+    other = Trainee(tmp_path, seed=99)
+    assert other.checkpointer.newest() == tmp_path / "step-00000003"
+    assert other.checkpointer.load(tmp_path / "step-00000003", key="mine") == state(3, acceptance_length=1.5)
+    assert other.take_steps(3) == expected
     assert expected[0] != expected[1]
 
 
-def test_the_last_two_are_kept(tmp_path: Path):
-    draft = make_draft()
-    for step in (5, 90, 1000):
-        save_checkpoint(tmp_path, draft, build_optimizers(draft, CONFIG), state(step))
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000090", "step-00001000"]
+def test_a_checkpoint_is_of_the_moment_when_it_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    may_write = threading.Event()
+    write_data = FileSystemWriter.write_data
+
+    def slow_disk(self, plan, planner):
+        assert may_write.wait(60)
+        return write_data(self, plan, planner)
+
+    monkeypatch.setattr(checkpoint._Writer, "write_data", slow_disk)
+    trainee = Trainee(tmp_path)
+    trainee.take_steps(1)
+    trainee.checkpointer.save(state(1))
+    expected = trainee.take_steps(2)
+    assert names(tmp_path) == []
+    may_write.set()
+    trainee.checkpointer.finish()
+
+    trainee.checkpointer.load(tmp_path / "step-00000001", key="mine")
+    assert trainee.take_steps(2) == expected
+
+
+def test_the_last_two_and_the_best_are_kept(tmp_path: Path):
+    trainee = Trainee(tmp_path)
+    trainee.save(state(5, acceptance_length=1.2), state(90, acceptance_length=1.7), state(1000))
+    assert names(tmp_path) == ["step-00000090", "step-00001000"]
+    trainee.save(state(2000, acceptance_length=1.3), state(3000))
+    assert names(tmp_path) == ["step-00000090", "step-00002000", "step-00003000"]
+    assert trainee.checkpointer.best() == tmp_path / "step-00000090"
+    # As good, and trained for longer.
+    trainee.save(state(4000, acceptance_length=1.7))
+    assert names(tmp_path) == ["step-00003000", "step-00004000"]
+    assert trainee.checkpointer.best() == trainee.checkpointer.newest() == tmp_path / "step-00004000"
+
+
+def test_there_is_no_newest_and_no_best_of_none(tmp_path: Path):
+    trainee = Trainee(tmp_path / "not there yet")
+    assert trainee.checkpointer.newest() is None
+    assert trainee.checkpointer.best() is None
 
 
 def test_a_half_written_checkpoint_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    draft = make_draft()
-    optimizers = build_optimizers(draft, CONFIG)
-    save_checkpoint(tmp_path, draft, optimizers, state(1))
+    trainee = Trainee(tmp_path)
+    trainee.save(state(1), state(2))
 
-    def out_of_space(path: Path, target: Path) -> None:
+    def out_of_space(self, metadata, results) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Path, "rename", out_of_space)
-    with pytest.raises(OSError, match="no space"):
-        save_checkpoint(tmp_path, draft, optimizers, state(2))
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000001"]
+    monkeypatch.setattr(FileSystemWriter, "finish", out_of_space)
+    trainee.checkpointer.save(state(3))
+    # The training goes on until the next one is due.
+    trainee.take_steps(1)
+    with pytest.raises(BaseException, match="no space left"):
+        trainee.checkpointer.save(state(4))
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+    assert len(list(tmp_path.glob(".step-00000003*"))) == 1
     monkeypatch.undo()
-    # What was left half written is in nobody's way.
-    save_checkpoint(tmp_path, draft, optimizers, state(2))
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
+    # The next try begins without it.
+    again = Trainee(tmp_path)
+    assert not list(tmp_path.glob(".step*"))
+    again.save(state(3))
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+
+
+def test_a_half_deleted_checkpoint_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trainee = Trainee(tmp_path)
+    trainee.save(state(1), state(2))
+
+    def killed(path: Path) -> None:
+        (path / "state.json").unlink()
+        raise OSError("killed")
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(BaseException, match="killed"):
+        trainee.save(state(3))
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+
+
+def test_what_is_on_its_way_gets_there_behind_an_error(tmp_path: Path):
+    trainee = Trainee(tmp_path)
+
+    def diverge() -> None:
+        with trainee.checkpointer:
+            trainee.checkpointer.save(state(1))
+            raise FloatingPointError
+
+    with pytest.raises(FloatingPointError):
+        diverge()
+    assert names(tmp_path) == ["step-00000001"]
 
 
 def test_a_checkpoint_of_another_spec_is_refused(tmp_path: Path):
-    draft = make_draft()
-    optimizers = build_optimizers(draft, CONFIG)
-    path = save_checkpoint(tmp_path, draft, optimizers, state(1, key="theirs"))
+    trainee = Trainee(tmp_path)
+    trainee.save(state(1, key="theirs"))
     with pytest.raises(ValueError, match=r"another spec \(key theirs, not mine\)"):
-        load_checkpoint(path, draft, optimizers, key="mine")
-
-
-def test_weights_and_optimizer_state_are_no_pickles(tmp_path: Path):
-    draft = make_draft()
-    optimizers = build_optimizers(draft, CONFIG)
-    take_steps(draft, optimizers, 1)
-    path = save_checkpoint(tmp_path, draft, optimizers, state(1))
-    assert sorted(file.name for file in path.iterdir()) == ["draft.safetensors", "optimizer.safetensors", "state.json"]
-    assert torch.equal(make_draft().d2t, draft.d2t)
+        trainee.checkpointer.load(tmp_path / "step-00000001", key="mine")

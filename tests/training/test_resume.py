@@ -1,0 +1,76 @@
+"""A training is the same on any number of processes, and goes on from a checkpoint of any other number."""
+
+import functools
+import shutil
+from pathlib import Path
+
+import pytest
+
+from specforge_core.data.loader import FeatureSet, rank_share
+from specforge_core.stages import TrainSpec
+from specforge_core.training.train import plan_training
+from tests.training.factory import make_spec
+from tests.training.float64_training import Training, curve, train_all
+from tests.training.parallel_cases import Mesh, on_processes
+
+STOP_AT = 4
+ALONE = Mesh()
+
+
+@pytest.fixture(scope="module")
+def spec(inputs: Path) -> TrainSpec:
+    # Five micro-batches a step, which neither two nor four processes share evenly.
+    return make_spec(inputs, tokens_per_batch=240, num_epochs=2, evals_per_run=3, checkpoints_per_run=7)
+
+
+@pytest.fixture(scope="module")
+def alone(spec: TrainSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`whole`: a training of one process. `stopped`: the same, stopped on its way."""
+    directory = tmp_path_factory.mktemp("alone")
+    train_all(spec, ALONE, [Training(directory / "whole"), Training(directory / "stopped", STOP_AT)])
+    return directory
+
+
+def assert_same_curve(out: Path, expected: Path) -> None:
+    lines, expected_lines = curve(out), curve(expected)
+    assert len(lines) == len(expected_lines)
+    for line, expected_line in zip(lines, expected_lines, strict=True):
+        # Losses, norms, accuracies and acceptance at every step. float64 leaves nothing open but the order of sums.
+        assert line == pytest.approx(expected_line, rel=1e-10, abs=1e-12)
+
+
+def assert_goes_on_in_both_directions(spec: TrainSpec, mesh: Mesh, alone: Path, directory: Path) -> None:
+    shutil.copytree(alone / "stopped", directory / "begun alone")
+    trainings = [
+        Training(directory / "whole"),
+        Training(directory / "begun alone"),
+        Training(directory / "begun on many", STOP_AT),
+    ]
+    on_processes(mesh.num_processes, functools.partial(train_all, spec, mesh, trainings), directory)
+    assert len(curve(directory / "begun on many")) == STOP_AT
+    train_all(spec, ALONE, [Training(directory / "begun on many")])
+    for training in trainings:
+        assert_same_curve(training.out, alone / "whole")
+
+
+def test_the_shares_of_these_processes_are_uneven(spec: TrainSpec, alone: Path):
+    plan = plan_training(FeatureSet(spec.hidden_states), spec.training, 4)
+    shares = [[len(rank_share(step, rank, 4)) for rank in range(4)] for step in plan.steps]
+    assert [2, 1, 1, 1] in shares
+    assert min(min(share) for share in shares) == 0, "in none of the steps has a process nothing to do"
+    assert len(curve(alone / "whole")) == len(plan.steps) > 2 * STOP_AT
+    assert len(curve(alone / "stopped")) == STOP_AT
+
+
+def test_two_processes_train_what_one_trains_and_go_on_from_its_checkpoint_and_it_from_theirs(
+    spec: TrainSpec, alone: Path, tmp_path: Path
+):
+    assert_goes_on_in_both_directions(spec, Mesh(dp=2), alone, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [Mesh(dp=4), Mesh(cp=2), Mesh(tp=2), Mesh(dp=2, tp=2)], ids=str)
+def test_every_mesh_trains_what_one_process_trains_and_each_goes_on_from_the_other(
+    mesh: Mesh, spec: TrainSpec, alone: Path, tmp_path: Path
+):
+    assert_goes_on_in_both_directions(spec, mesh, alone, tmp_path)
