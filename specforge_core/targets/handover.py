@@ -13,10 +13,9 @@ T tokens of one document, U teaching tokens of it, L captured layers, D target w
 
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
-import math
-import mmap
 import os
 import shutil
 import tempfile
@@ -34,7 +33,8 @@ from specforge_core.benchmark.server import Server
 from specforge_core.benchmark.server_flags import Options
 from specforge_core.data.shards import NUM_COPIERS
 from specforge_core.targets import CaptureRequest, TargetFeatures, sglang_hook
-from specforge_core.targets.sglang_hook import ERROR_NAME, Wanted, overlap, piece_name, request_id, wanted
+from specforge_core.targets.forward_files import ForwardFiles, Layout
+from specforge_core.targets.sglang_hook import request_id, wanted
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +43,14 @@ PREFIX = "specbundle-capture-"
 HOOK_MODULE = "sglang_hook"
 IN_FLIGHT_BATCHES = 6
 """For each server: one computed, one launched, two queued, and those whose files are on their way to a shard."""
-RING_BATCHES = 3
-"""Of pinned memory in each server, so that its scheduler does not wait for the files of a forward."""
+NUM_BUFFERS = 3
+"""Forwards in pinned memory of each server, so that its scheduler does not wait for the files of one."""
 MAX_REQUESTS = 256
 """In flight for each server, however short they are."""
 ROOM_SHARE = 0.8
 """Of the free space; others write there too."""
 HELD_DOCUMENTS = NUM_COPIERS + 1
-"""Longest ones that are no more in flight, but still mapped: a shard is being filled with them."""
-NUM_WRITERS = 4
+"""No more in flight, but still mapped: a shard is being filled with them."""
 WAIT_S = 30.0
 """For the files of a request that has been answered."""
 POLL_S = 0.002
@@ -65,26 +64,8 @@ run where there are no images."""
 END_PATTERNS = ("logits_processor", "*.logits_processor")
 
 
-class HookError(RuntimeError):
-    """The hook inside the server failed. Its traceback."""
-
-
 class FilesLost(RuntimeError):
     """A request was answered, but its files did not come: its server died in between, or runs without the hook."""
-
-
-class Layout(NamedTuple):
-    """What a token has."""
-
-    layers: tuple[int, ...]
-    hidden_size: int
-    dtype: torch.dtype
-    """Of the target."""
-
-    @property
-    def token_bytes(self) -> int:
-        """Of a token that teaches: captured layers, last hidden state, greedy token, log-sum-exp."""
-        return (len(self.layers) + 1) * self.hidden_size * self.dtype.itemsize + 2 * 4
 
 
 class Traffic(NamedTuple):
@@ -99,6 +80,15 @@ class Traffic(NamedTuple):
     def forward_tokens(self) -> int:
         """At most, in one forward: a document that is longer than a batch is a forward of its own."""
         return max(self.max_document_tokens, self.batch_tokens)
+
+    def held_tokens(self, in_flight_tokens: int) -> int:
+        """At most, with memory in the folder while so many are in flight.
+
+        The memory of a forward is one piece, so more is held than is in flight: one forward of each server that is read
+        in part, and those of the documents on their way to a shard.
+        """
+        forward_tokens = min(self.forward_tokens, in_flight_tokens)
+        return in_flight_tokens + (self.num_servers + HELD_DOCUMENTS) * forward_tokens
 
 
 class _Room(NamedTuple):
@@ -118,21 +108,22 @@ class Handover:
     def __init__(self, layout: Layout, traffic: Traffic, *, fallback: Path) -> None:
         """Args: fallback: where the folder lies if there is no room in memory."""
         self._layout, self._traffic, self._fallback = layout, traffic, fallback
+        self.numbers = itertools.count()
+        """Of documents, over all streams."""
 
     def __enter__(self) -> "Handover":
         """Raises: ValueError if there is no room for the longest document anywhere."""
-        most = IN_FLIGHT_BATCHES * self._traffic.num_servers * self._traffic.forward_tokens
         parents = [parent for parent in (MEMORY, self._fallback) if parent.is_dir()]
         for parent in parents:
             remove_leftovers(parent)
         with contextlib.ExitStack() as stack:
-            least = self._traffic.max_document_tokens
-            parent, self.in_flight_tokens = _choose(parents, self._layout.token_bytes, most=most, least=least)
+            parent, self.in_flight_tokens = _choose(parents, self._traffic, self._layout.token_bytes)
             self._folder, lock = _make_folder(parent)
             stack.callback(os.close, lock)
             stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
-            self._pieces = self._folder / "pieces"
-            self._pieces.mkdir()
+            self._directory = self._folder / "forwards"
+            self._directory.mkdir()
+            self._forwards = ForwardFiles(self._directory, self._layout)
             (self._folder / "hook").mkdir()
             shutil.copy(sglang_hook.__file__, self._folder / "hook" / f"{HOOK_MODULE}.py")
             self._stack = stack.pop_all()
@@ -158,7 +149,10 @@ class Handover:
             # What comes out of a cache is not computed, so no hook sees it.
             "--disable-radix-cache": True,
             "--chunked-prefill-size": -1,
-            "--max-prefill-tokens": self._traffic.batch_tokens,
+            # The server takes a request while it has fewer tokens than there is room for.
+            "--max-prefill-tokens": self._traffic.batch_tokens + 1,
+            # It counts the requests of the forward that runs, and launches the next one only if there are places left.
+            "--max-running-requests": MAX_REQUESTS,
             "--cuda-graph-backend-decode": "disabled",
             # With tensor parallelism a layer of some models hands its output on before it is summed over the ranks.
             "--enforce-disable-flashinfer-allreduce-fusion": True,
@@ -167,10 +161,10 @@ class Handover:
     def hooks_option(self) -> str:
         """The value of `--forward-hooks`."""
         config = {
-            "directory": str(self._pieces),
+            "directory": str(self._directory),
             "layers": list(self._layout.layers),
-            "ring_bytes": RING_BATCHES * self._traffic.forward_tokens * self._layout.token_bytes,
-            "num_threads": NUM_WRITERS,
+            "num_buffers": NUM_BUFFERS,
+            "buffer_bytes": self._traffic.forward_tokens * self._layout.token_bytes,
         }
 
         def spec(factory: str, patterns: Iterable[str], **more: int) -> dict[str, object]:
@@ -192,7 +186,7 @@ class Handover:
         return request_id(index, len(is_teaching_T), teaching_runs(is_teaching_T))
 
     def collect(self, rid: str) -> TargetFeatures:
-        """The features of an answered request, on the CPU: views of files that have no name any more.
+        """The features of an answered request, on the CPU. Documents are collected in the order of their numbers.
 
         Args: rid: as the server heard it.
         Raises: HookError with what the hook says, FilesLost.
@@ -200,67 +194,11 @@ class Handover:
         request = wanted(rid)
         assert request is not None, rid
         deadline = time.monotonic() + WAIT_S
-        while (paths := self._whole(request)) is None:
+        while (features := self._forwards.take(request)) is None:
             if time.monotonic() > deadline:
                 raise FilesLost(f"{rid} was answered, but its files did not come within {WAIT_S:g} s")
             time.sleep(POLL_S)
-        pieces = [self._read(path, request) for path in paths]
-        self._forget(request)
-        if len(pieces) == 1:
-            return pieces[0]
-        return TargetFeatures(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
-
-    def _whole(self, request: Wanted) -> list[Path] | None:
-        """The files of the request in order; None while some are missing. Raises: HookError."""
-        folder = self._pieces / request.attempt
-        # The usual case first: a request that was computed in one forward.
-        path = folder / piece_name(0, request.num_tokens, self._layout.dtype)
-        if path.exists():
-            return [path]
-        names = os.listdir(folder) if folder.exists() else []
-        if ERROR_NAME in names:
-            raise HookError((folder / ERROR_NAME).read_text(encoding="utf-8"))
-        by_start: dict[int, tuple[int, str]] = {}
-        for name in names:
-            if not name.startswith("."):
-                rows = _rows(name)
-                by_start[rows.start] = max(by_start.get(rows.start, (0, "")), (rows.stop, name))
-        paths = []
-        num_rows = 0
-        while num_rows in by_start:
-            num_rows, name = by_start[num_rows]
-            paths.append(folder / name)
-        return paths if num_rows == request.num_tokens else None
-
-    def _read(self, path: Path, request: Wanted) -> TargetFeatures:
-        """One file. Its pages are the tensors' memory."""
-        layers, width, dtype = self._layout
-        rows = _rows(path.name)
-        num_teaching = sum(len(overlap(run, rows.start, rows.stop)) for run in request.teaching)
-        shapes = ((num_teaching,), (num_teaching,), (num_teaching, width), (len(rows), len(layers), width))
-        dtypes = (torch.float32, torch.int32, dtype, dtype)
-        sizes = [math.prod(shape) * part_dtype.itemsize for shape, part_dtype in zip(shapes, dtypes, strict=True)]
-        with path.open("r+b") as file:
-            found = os.fstat(file.fileno()).st_size
-            if (path.name, found) != (piece_name(rows.start, rows.stop, dtype), sum(sizes)):
-                raise HookError(
-                    f"{path.name} has {found} bytes instead of {sum(sizes)} in {dtype}: the server's model has another "
-                    "width or dtype than the target's config says"
-                )
-            # All pages at once: each one would be a fault of its own when it is copied.
-            memory = mmap.mmap(file.fileno(), found, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
-        parts = torch.frombuffer(memory, dtype=torch.uint8).split(sizes)
-        logsumexp_U, argmax_U, last_hidden_UD, aux_hidden_TLD = (
-            part.view(part_dtype).view(shape) for part, part_dtype, shape in zip(parts, dtypes, shapes, strict=True)
-        )
-        return TargetFeatures(aux_hidden_TLD, last_hidden_UD, argmax_U, logsumexp_U)
-
-    def _forget(self, request: Wanted) -> None:
-        """Remove the files of a document, of earlier attempts too."""
-        document, is_again, _ = request.attempt.partition("#")
-        earlier = [self._pieces / document, *self._pieces.glob(f"{document}#*")] if is_again else []
-        for folder in (self._pieces / request.attempt, *earlier):
-            shutil.rmtree(folder, ignore_errors=True)
+        return features
 
 
 def captured(
@@ -285,7 +223,7 @@ class _Window(Iterator[Job]):
     def __init__(self, handover: Handover, requests: Iterator[CaptureRequest]) -> None:
         self._handover, self._requests = handover, requests
         self._next: CaptureRequest | None = next(requests, None)
-        self._num_sent = self._num_tokens = 0
+        self._num_tokens = 0
         self._open: deque[Job] = deque()
         """In order, as they were sent first."""
         self._answers: dict[str, str] = {}
@@ -306,11 +244,10 @@ class _Window(Iterator[Job]):
         num_tokens = len(request.input_ids_T)
         if self._open and self._num_tokens + num_tokens > self._handover.in_flight_tokens:
             raise StopIteration
-        rid = self._handover.rid(self._num_sent, request.is_teaching_T)
+        rid = self._handover.rid(next(self._handover.numbers), request.is_teaching_T)
         job = Job(rid, request.input_ids_T.tolist(), PREFILL_ONLY)
         self._open.append(job)
         self._num_tokens += num_tokens
-        self._num_sent += 1
         self._next = next(self._requests, None)
         return job
 
@@ -368,33 +305,28 @@ def _make_folder(parent: Path) -> _Folder:
     return _Folder(folder.rename(parent / folder.name.removeprefix(".")), lock)
 
 
-def _choose(parents: Sequence[Path], token_bytes: int, *, most: int, least: int) -> _Room:
-    """The first folder with room for `most` tokens in flight, else for half of that, and so on down to `least`.
+def _choose(parents: Sequence[Path], traffic: Traffic, token_bytes: int) -> _Room:
+    """The first folder with room for the best number of tokens in flight, else for half of that, and so on.
 
-    Args: least: of the longest document. Raises: ValueError if there is none.
+    Raises: ValueError if there is none for the longest document.
     """
-    held_bytes = HELD_DOCUMENTS * least * token_bytes
-    free = {parent: int(ROOM_SHARE * shutil.disk_usage(parent).free) - held_bytes for parent in parents}
+    most, least = IN_FLIGHT_BATCHES * traffic.num_servers * traffic.forward_tokens, traffic.max_document_tokens
+    room = {parent: int(ROOM_SHARE * shutil.disk_usage(parent).free) for parent in parents}
     num_tokens = most
     while True:
-        for parent, free_bytes in free.items():
-            if num_tokens * token_bytes <= free_bytes:
-                if (parent, num_tokens) != (parents[0], most):
-                    logger.warning(
-                        "hidden states go through %s, %d tokens at a time: %s has room for %d tokens, %d would be best",
-                        parent, num_tokens, parents[0], free[parents[0]] // token_bytes, most,
-                    )  # fmt: skip
-                return _Room(parent, num_tokens)
+        needed = traffic.held_tokens(num_tokens) * token_bytes
+        if fitting := [parent for parent in parents if needed <= room[parent]]:
+            if (fitting[0], num_tokens) != (parents[0], most):
+                logger.warning(
+                    "hidden states go through %s, %d tokens at a time: %s has %.2f GiB to use, %.2f GiB would be best",
+                    fitting[0], num_tokens, parents[0], room[parents[0]] / 2**30,
+                    traffic.held_tokens(most) * token_bytes / 2**30,
+                )  # fmt: skip
+            return _Room(fitting[0], num_tokens)
         if num_tokens == least:
-            sizes = ", ".join(f"{parent} has {(size + held_bytes) / 2**30:.2f} GiB" for parent, size in free.items())
-            needed = f"{(held_bytes + least * token_bytes) / 2**30:.2f} GiB"
+            sizes = ", ".join(f"{parent} has {size / 2**30:.2f} GiB" for parent, size in room.items())
             raise ValueError(
-                f"hidden states of documents of {least} tokens take {needed} on their way, but {sizes} to use: free "
-                "some, or lower training.max_document_tokens"
+                f"hidden states of documents of {least} tokens take {needed / 2**30:.2f} GiB on their way, but {sizes} "
+                "to use: free some, or lower training.max_document_tokens"
             )
         num_tokens = max(least, num_tokens // 2)
-
-
-def _rows(name: str) -> range:
-    """Of a document, in a file of that name."""
-    return range(*map(int, name.partition(".")[0].split("-")))

@@ -1,21 +1,22 @@
 """Hidden states out of an unpatched SGLang server, by its `--forward-hooks`. Runs inside the server.
 
-A copy of this one file lies on the server's PYTHONPATH, so it imports torch and the standard library alone. A hook on
-each captured decoder layer keeps that layer's output; a hook on the logits processor, which ends every forward, adds
-the last hidden state, the greedy token and the log-sum-exp, and hands on the rows of each request:
+A copy of this one file lies on the server's PYTHONPATH, so it imports torch, Triton and the standard library alone. A
+hook on each captured decoder layer keeps that layer's output; a hook on the logits processor, which ends every forward,
+adds the last hidden state, the greedy token and the log-sum-exp, and hands on the forward:
 
-    forward -> side stream -> ring of pinned memory -> writer threads -> DIRECTORY/ATTEMPT/START-STOP.DTYPE
+    forward -> side stream -> buffers of pinned memory -> writer threads -> DIRECTORY/PROCESS-NUMBER
 
-A file is the piece of a request that one forward computed (more than one with chunked prefill), and is there when it is
-whole. It holds, end to end: log-sum-exp float32 [U], greedy token int32 [U], last hidden state [U, D], captured layers
-[T, L, D]. `DIRECTORY/ATTEMPT/error` says why there will be none. The request's id says which rows teach.
+A file is one forward, and is there when it is whole: a line of JSON, then end to end log-sum-exp float32 [U], greedy
+token int32 [U], last hidden state [U, D], captured layers [N, L, D]. The line says which rows are whose (`Piece`; more
+than one forward has a request's with chunked prefill), or which requests failed and why. The request's id says which
+rows teach.
 
-N rows of a forward, T rows of a piece, U teaching rows of either, L captured layers, D width, V vocabulary (of this
-tensor-parallel rank), R ranks.
+N rows of a forward, U of them teach, L captured layers, D width, V vocabulary (of this tensor-parallel rank), R ranks.
 """
 
 import contextlib
-import ctypes
+import itertools
+import json
 import logging
 import os
 import queue
@@ -23,24 +24,29 @@ import re
 import sys
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-ERROR_NAME = "error"
-LOGIT_CHUNK_ELEMENTS = 2**26
-"""Logits that exist at once while they are reduced: 256 MiB in float32."""
-ALIGNMENT = 512
-"""Of a piece in the ring, in bytes: what a device copies fastest."""
+LOGIT_CHUNK_ELEMENTS = 2**27
+"""Logits that exist at once while they are reduced: 512 MiB in float32."""
+ROW_TILE = 256
+"""Rows that a GPU multiplies at a time: with 523 instead of 512 it computes 768."""
+BLOCK, NUM_WARPS = 4096, 16
+"""Logits of a row that the reduction reads at a time."""
+ALIGNMENT = 64
+"""Of what follows the line in a file, in bytes."""
 FUSION_MARK = "_sglang_needs_allreduce_fusion"
 """SGLang sets it on an output that is not summed over the ranks yet, because the next layer's norm does that."""
 RID = re.compile(r"capture-(?P<document>\d+)-(?P<num_tokens>\d+)-(?P<runs>[\d.]*)(?P<again>[#\w]*)")
+_LOWEST = tl.constexpr(-3.0e38)
 
 Hook = Callable[[Any, Any, Any], None]
 
@@ -48,10 +54,26 @@ Hook = Callable[[Any, Any, Any], None]
 class Wanted(NamedTuple):
     """What the id of a request asks for."""
 
+    document: int
     attempt: str
-    """Name of its folder; another one if the same document is sent again."""
+    """The document's number, and what tells it from others if the same document is sent again."""
     num_tokens: int
     teaching: tuple[range, ...]
+
+
+class Piece(NamedTuple):
+    """The rows of one request in one forward."""
+
+    document: int
+    attempt: str
+    start: int
+    """In the request."""
+    stop: int
+    first: int
+    """In the forward."""
+    first_teaching: int
+    """In the forward, among the rows that teach."""
+    num_teaching: int
 
 
 def request_id(document: int, num_tokens: int, teaching: Sequence[range]) -> str:
@@ -67,132 +89,77 @@ def wanted(rid: str) -> Wanted | None:
         return None
     ends = [int(end) for end in match["runs"].split(".") if end]
     runs = tuple(range(*run) for run in zip(ends[::2], ends[1::2], strict=True))
-    return Wanted(match["document"] + match["again"], int(match["num_tokens"]), runs)
+    return Wanted(int(match["document"]), match["document"] + match["again"], int(match["num_tokens"]), runs)
 
 
-def piece_name(start: int, stop: int, dtype: torch.dtype) -> str:
-    """Of the rows `start` to `stop` of a request, whose hidden states have this dtype."""
-    return f"{start}-{stop}.{str(dtype).removeprefix('torch.')}"
+class ForwardWriter:
+    """Brings forwards from the device into files. The caller waits only while no buffer is free."""
 
-
-def overlap(run: range, start: int, stop: int) -> range:
-    """The part of a run within `start` to `stop`, which may be empty."""
-    return range(max(run.start, start), max(run.start, start, min(run.stop, stop)))
-
-
-class Piece(NamedTuple):
-    """The rows of one request in one forward."""
-
-    wanted: Wanted
-    rows: range
-    """In the request."""
-    first: int
-    """In the forward."""
-
-    def teaching(self) -> list[slice]:
-        """The forward's rows that teach, run by run."""
-        runs = [overlap(run, self.rows.start, self.rows.stop) for run in self.wanted.teaching]
-        shift = self.first - self.rows.start
-        return [slice(run.start + shift, run.stop + shift) for run in runs if run]
-
-
-class Ring:
-    """One block of memory, of which parts are taken end to end and given back in any order."""
-
-    def __init__(self, size_bytes: int, *, pinned: bool) -> None:
-        self.buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pinned)
-        self.memory = memoryview((ctypes.c_ubyte * size_bytes).from_address(self.buffer.data_ptr()))
-        self._parts: deque[list[int]] = deque()
-        """[start, stop, is it given back], the oldest first."""
-        self._changed = threading.Condition()
-
-    def take(self, size_bytes: int) -> int:
-        """Where a free part of that size begins, once there is one. Raises: ValueError if there can be none."""
-        size_bytes = -(-size_bytes // ALIGNMENT) * ALIGNMENT
-        if size_bytes > len(self.memory):
-            raise ValueError(f"a piece of {size_bytes} bytes does not fit the ring of {len(self.memory)} bytes")
-        with self._changed:
-            self._changed.wait_for(lambda: self._free(size_bytes) is not None)
-            start = self._free(size_bytes)
-            assert start is not None
-            self._parts.append([start, start + size_bytes, False])
-            return start
-
-    def give_back(self, start: int) -> None:
-        """Free the part that begins there."""
-        with self._changed:
-            next(part for part in self._parts if part[0] == start)[2] = True
-            while self._parts and self._parts[0][2]:
-                self._parts.popleft()
-            self._changed.notify_all()
-
-    def _free(self, size_bytes: int) -> int | None:
-        if not self._parts:
-            return 0
-        (oldest, _, _), (newest, end, _) = self._parts[0], self._parts[-1]
-        if newest < oldest:
-            return end if end + size_bytes <= oldest else None
-        if end + size_bytes <= len(self.memory):
-            return end
-        return 0 if size_bytes <= oldest else None
-
-
-class PieceWriter:
-    """Brings pieces from the device into files. Only a full ring makes the caller wait."""
-
-    def __init__(self, directory: Path, ring_bytes: int, num_threads: int, device: torch.device) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, config: dict[str, Any], device: torch.device) -> None:
+        self._directory, self._buffer_bytes = directory, config["buffer_bytes"]
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._ring = Ring(ring_bytes, pinned=self._stream is not None)
-        self._jobs: queue.SimpleQueue[tuple[Path, int, int, Any]] = queue.SimpleQueue()
-        for _ in range(num_threads):
+        self._buffers: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[dict[str, Any], Tensor, int, Any]] = queue.SimpleQueue()
+        # One block: each one would be rounded up to a power of two.
+        num_bytes = config["num_buffers"] * self._buffer_bytes
+        block = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._stream is not None)
+        for buffer in block.split(self._buffer_bytes):
+            self._buffers.put(buffer)
             threading.Thread(target=self._write_jobs, daemon=True).start()
 
-    def write(self, pieces: Sequence[tuple[Piece, Sequence[Tensor]]], whole: Sequence[Tensor]) -> None:
-        """Write the tensors of each piece, end to end. Args: whole: the tensors that those are views of."""
+    def write(self, header: dict[str, Any], tensors: Sequence[Tensor]) -> None:
+        """Write a file of the tensors, end to end. Raises: ValueError if they do not fit a buffer."""
+        num_bytes = sum(tensor.nbytes for tensor in tensors)
+        if num_bytes > self._buffer_bytes:
+            raise ValueError(f"a forward of {num_bytes} bytes does not fit a buffer of {self._buffer_bytes} bytes")
+        buffer = self._buffers.get()
+        copied = None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-            for tensor in whole:
-                # Their memory is not used again before the side stream is through with them.
-                tensor.record_stream(self._stream)
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            for piece, tensors in pieces:
-                name = piece_name(piece.rows.start, piece.rows.stop, tensors[-1].dtype)
-                start = self._ring.take(sum(tensor.nbytes for tensor in tensors))
-                stop = start
-                for tensor in tensors:
-                    part = self._ring.buffer[stop : stop + tensor.nbytes]
-                    part.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
-                    stop += tensor.nbytes
-                copied = None
+            stop = 0
+            for tensor in tensors:
+                part = buffer[stop : stop + tensor.nbytes]
+                part.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
+                stop += tensor.nbytes
                 if self._stream is not None:
-                    # A thread that waits for this event sleeps.
-                    copied = torch.cuda.Event(blocking=True)
-                    copied.record(self._stream)
-                self._jobs.put((self._directory / piece.wanted.attempt / name, start, stop, copied))
+                    # Its memory is not used again before the side stream is through with it.
+                    tensor.record_stream(self._stream)
+            if self._stream is not None:
+                # A thread that waits for this event sleeps.
+                copied = torch.cuda.Event(blocking=True)
+                copied.record(self._stream)
+        self._jobs.put((header, buffer, num_bytes, copied))
 
     def _write_jobs(self) -> None:
         while True:
-            path, start, stop, copied = self._jobs.get()
+            header, buffer, num_bytes, copied = self._jobs.get()
             try:
                 if copied is not None:
                     copied.synchronize()
-                write_whole(path, self._ring.memory[start:stop])
+                write_whole(self._directory, header, buffer[:num_bytes].numpy().data)
             except Exception:
-                report(path.parent, traceback.format_exc())
+                report(self._directory, header["pieces"], traceback.format_exc())
             finally:
-                self._ring.give_back(start)
+                self._buffers.put(buffer)
 
 
-def write_whole(path: Path, content: memoryview | bytes) -> None:
+_numbers = itertools.count()
+
+
+def write_whole(directory: Path, header: dict[str, Any], content: memoryview | bytes) -> None:
     """Write a file that is not there before it is whole."""
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    path = directory / f"{os.getpid()}-{next(_numbers)}"
+    partial = path.with_name(f".{path.name}")
+    line = json.dumps(header).encode()
+    # So that what follows the line lies where its elements are aligned.
+    line += b" " * (-(len(line) + 1) % ALIGNMENT) + b"\n"
     try:
         with open(partial, "wb", buffering=0) as file:
-            rest = memoryview(content)
-            while rest:
-                rest = rest[file.write(rest) :]
+            for part in (line, content):
+                rest = memoryview(part)
+                while rest:
+                    rest = rest[file.write(rest) :]
         partial.rename(path)
     except OSError:
         # Room for the error that tells of this.
@@ -200,14 +167,14 @@ def write_whole(path: Path, content: memoryview | bytes) -> None:
         raise
 
 
-def report(attempt: Path, message: str) -> None:
-    """Tell whoever waits for this attempt that it failed."""
-    logger.error("no hidden states of %s: %s", attempt, message)
+def report(directory: Path, requests: Sequence[Wanted | Piece], message: str) -> None:
+    """Tell whoever waits for these requests that they failed."""
+    failed = [request[:2] for request in requests]
+    logger.error("no hidden states of %s: %s", failed, message)
     try:
-        write_whole(attempt / ERROR_NAME, message.encode())
+        write_whole(directory, {"failed": failed, "error": message}, b"")
     except OSError:
-        # The reader is gone, or the disk is full: then the reader gives up by itself.
-        logger.exception("%s cannot be told", attempt)
+        logger.exception("the reader is not told and gives up by itself: it is gone, or the disk is full")
 
 
 class Capture:
@@ -221,7 +188,7 @@ class Capture:
         self._seen: dict[int, Any] = {}
         self._problem: str | None = None
         self._num_done: dict[str, int] = {}
-        self._writer: PieceWriter | None = None
+        self._writer: ForwardWriter | None = None
 
     @torch.no_grad()
     def keep_layer(self, layer: int, module: Any, output: Any) -> None:
@@ -256,20 +223,22 @@ class Capture:
         try:
             if problem is not None:
                 raise ValueError(problem)
-            self._hand_on(self._pieces(found, batch, len(last_hidden_ND)), processor, hidden, last_hidden_ND, head)
+            pieces, teaching = self._pieces(found, batch, len(last_hidden_ND))
+            refuse_scaled_logits(processor)
+            self._hand_on(pieces, teaching, hidden, last_hidden_ND, head)
         except Exception:
-            for request in filter(None, found):
-                report(self._directory / request.attempt, traceback.format_exc())
+            report(self._directory, [request for request in found if request], traceback.format_exc())
 
-    def _pieces(self, found: Sequence[Wanted | None], batch: Any, num_rows: int) -> list[Piece]:
+    def _pieces(self, found: Sequence[Wanted | None], batch: Any, num_rows: int) -> tuple[list[Piece], list[slice]]:
+        """What the forward has of each request, and its rows that teach."""
         lengths = [int(length) for length in batch.extend_seq_lens_cpu]
         if sum(lengths) != num_rows or getattr(batch, "global_num_tokens_cpu", None):
             raise ValueError(
                 f"{num_rows} rows for {sum(lengths)} tokens: the rows are padded or spread over ranks (data-parallel "
                 "attention?), which capture cannot read"
             )
-        pieces = []
-        first = 0
+        pieces, teaching = list[Piece](), list[slice]()
+        first = first_teaching = 0
         for request, length, prefix in zip(found, lengths, batch.extend_prefix_lens_cpu, strict=True):
             if request is not None:
                 num_done = self._num_done.pop(request.attempt, 0)
@@ -282,40 +251,42 @@ class Capture:
                     )
                 if stop < request.num_tokens:
                     self._num_done[request.attempt] = stop
-                pieces.append(Piece(request, range(start, stop), first))
+                runs = [(max(run.start, start), min(run.stop, stop)) for run in request.teaching]
+                runs = [(begin, end) for begin, end in runs if begin < end]
+                teaching += [slice(begin - start + first, end - start + first) for begin, end in runs]
+                num_teaching = sum(end - begin for begin, end in runs)
+                pieces.append(Piece(*request[:2], start, stop, first, first_teaching, num_teaching))
+                first_teaching += num_teaching
             first += length
-        return pieces
+        return pieces, teaching
 
     def _hand_on(
-        self, pieces: Sequence[Piece], processor: Any, hidden: dict[int, Tensor], last_hidden_ND: Tensor, head: Any
+        self,
+        pieces: Sequence[Piece],
+        teaching: Sequence[slice],
+        hidden: dict[int, Tensor],
+        last_hidden_ND: Tensor,
+        head: Any,
     ) -> None:
-        refuse_scaled_logits(processor)
+        num_rows = len(last_hidden_ND)
         rows = {layer: len(hidden.get(layer, ())) for layer in self._layers}
-        if set(rows.values()) != {len(last_hidden_ND)}:
+        if set(rows.values()) != {num_rows}:
             raise ValueError(
-                f"{len(last_hidden_ND)} rows of the last hidden state, but by layer {rows}: a layer has another name "
+                f"{num_rows} rows of the last hidden state, but by layer {rows}: a layer has another name "
                 "than the hooks expect, or it is on another GPU (pipeline parallel?)"
             )
-        slices = [piece.teaching() for piece in pieces]
         # Slices instead of an index: an index would have to be sent to the device, and the scheduler wait for it.
-        last_hidden_UD = torch.cat([last_hidden_ND[:0], *(last_hidden_ND[part] for parts in slices for part in parts)])
+        last_hidden_UD = torch.cat([last_hidden_ND[:0], *(last_hidden_ND[rows] for rows in teaching)])
         group = tensor_parallel_group()
         greedy_U, logsumexp_U = greedy_and_normalizer(last_hidden_UD, *vocabulary_part(head), group)
         if group is not None and torch.distributed.get_rank(group) != 0:
             return
         if self._writer is None:
-            ring_bytes, num_threads = self._config["ring_bytes"], self._config["num_threads"]
-            self._writer = PieceWriter(self._directory, ring_bytes, num_threads, last_hidden_ND.device)
+            self._writer = ForwardWriter(self._directory, self._config, last_hidden_ND.device)
         aux_hidden_NLD = torch.stack([hidden[layer] for layer in self._layers], dim=1)
-        of_teaching = (logsumexp_U, greedy_U, last_hidden_UD)
-        written = []
-        begin = 0
-        for piece, parts in zip(pieces, slices, strict=True):
-            end = begin + sum(part.stop - part.start for part in parts)
-            aux_hidden_TLD = aux_hidden_NLD[piece.first : piece.first + len(piece.rows)]
-            written.append((piece, (*(tensor[begin:end] for tensor in of_teaching), aux_hidden_TLD)))
-            begin = end
-        self._writer.write(written, (*of_teaching, aux_hidden_NLD))
+        dtype = str(aux_hidden_NLD.dtype).removeprefix("torch.")
+        header = {"dtype": dtype, "num_rows": num_rows, "num_teaching": len(last_hidden_UD), "pieces": pieces}
+        self._writer.write(header, (logsumexp_U, greedy_U, last_hidden_UD, aux_hidden_NLD))
 
 
 def refuse_scaled_logits(processor: Any) -> None:
@@ -353,13 +324,16 @@ def greedy_and_normalizer(last_hidden_UD: Tensor, weight_VD: Tensor, first: int,
 
     Args: first: the token of this rank's first row; group: the ranks that have the others, or None.
     """
-    chunk_rows = max(1, LOGIT_CHUNK_ELEMENTS // max(1, len(weight_VD)))
+    chunk_rows = max(1, LOGIT_CHUNK_ELEMENTS // max(1, len(weight_VD)) // ROW_TILE) * ROW_TILE
     parts = []
     for chunk_CD in last_hidden_UD.split(chunk_rows):
         logits_CV = float32_logits(chunk_CD, weight_VD)
-        best_C, greedy_C = logits_CV.max(dim=-1)
+        # On a GPU `max` and `logsumexp` take as long as the product.
+        best_C, greedy_C, logsumexp_C = (
+            reduced(logits_CV) if logits_CV.is_cuda else (*logits_CV.max(dim=-1), logits_CV.logsumexp(dim=-1))
+        )
         # In float64 every token id is exact too.
-        parts.append(torch.stack([best_C.double(), greedy_C.double() + first, logits_CV.logsumexp(dim=-1).double()]))
+        parts.append(torch.stack([best_C.double(), greedy_C.double() + first, logsumexp_C.double()]))
     part_3U = torch.cat(parts, dim=1)
     _, greedy_U, logsumexp_U = part_3U
     if group is not None:
@@ -369,6 +343,39 @@ def greedy_and_normalizer(last_hidden_UD: Tensor, weight_VD: Tensor, first: int,
         greedy_U = greedy_RU.gather(0, best_RU.argmax(dim=0, keepdim=True))[0]
         logsumexp_U = logsumexp_RU.logsumexp(dim=0)
     return greedy_U.int(), logsumexp_U.float()
+
+
+def reduced(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row of float32 logits the largest, where it is (the first one), and the log-sum-exp. Reads each once."""
+    num_rows, num_columns = logits_NV.shape
+    best_N, logsumexp_N = logits_NV.new_empty(2, num_rows)
+    greedy_N = torch.empty_like(best_N, dtype=torch.int32)
+    if num_rows:
+        _reduce_rows[num_rows,](logits_NV, best_N, greedy_N, logsumexp_N, num_columns, BLOCK, num_warps=NUM_WARPS)
+    return best_N, greedy_N, logsumexp_N
+
+
+@triton.jit
+def _reduce_rows(logits, best, greedy, logsumexp, NUM_COLUMNS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    # Each lane for itself: its largest logit, where that is, and the sum of e^(logit - largest).
+    # Finite at first: the difference of two infinities is not a number.
+    largest = tl.full([BLOCK], _LOWEST, tl.float32)
+    place = tl.zeros([BLOCK], tl.int32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, NUM_COLUMNS, BLOCK):
+        columns = begin + lanes
+        logit = tl.load(logits + row * NUM_COLUMNS + columns, mask=columns < NUM_COLUMNS, other=float("-inf"))
+        is_larger = logit > largest
+        place = tl.where(is_larger, columns, place)
+        before, largest = largest, tl.where(is_larger, logit, largest)
+        total = total * tl.exp(before - largest) + tl.exp(logit - largest)
+    largest_of_all = tl.max(largest, axis=0)
+    total_of_all = tl.sum(total * tl.exp(largest - largest_of_all), axis=0)
+    tl.store(best + row, largest_of_all)
+    tl.store(greedy + row, tl.min(tl.where(largest == largest_of_all, place, NUM_COLUMNS), axis=0))
+    tl.store(logsumexp + row, largest_of_all + tl.log(total_of_all))
 
 
 def float32_logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:

@@ -106,7 +106,8 @@ class HookedForwards:
         for request in self._waiting:
             num_left = len(request.input_ids) - request.num_done
             num_rows = min(num_left, room) if self._chunk_tokens > 0 else num_left
-            if num_rows == 0 or (batch and num_rows > room):
+            # In chunks a prompt may fill the room, as a whole it has to leave some.
+            if num_rows == 0 or (batch and num_rows >= room + (self._chunk_tokens > 0)):
                 break
             batch.append((request, num_rows))
             room -= num_rows

@@ -23,6 +23,7 @@ from specforge_core.facts import HiddenStates
 from specforge_core.manifest_sections import FeaturesConfig
 from specforge_core.stages import CaptureSpec, ResolvedTarget, UnmeasuredEngine
 from specforge_core.targets import capture, handover
+from specforge_core.targets.forward_files import HookError
 from tests.sglang_like import MODULE, Behaviour, read_journal
 from tests.targets.test_capture import LAYERS, make_conversations
 
@@ -207,7 +208,7 @@ def test_what_goes_wrong_inside_the_hook_ends_the_stage_with_its_message(
     (capped / "config.json").write_text(json.dumps(config | {"final_logit_softcapping": 30.0}))
     target = tiny_target.model_copy(update={"model": str(capped)})
     spec = make_spec(target, make_conversations(tmp_path / "read", SHAPES), "sglang")
-    with pytest.raises(handover.HookError, match=r"the target caps its logits at 30.0: drafts cannot do that"):
+    with pytest.raises(HookError, match=r"the target caps its logits at 30.0: drafts cannot do that"):
         capture.main(spec, tmp_path)
 
 

@@ -21,7 +21,7 @@ LAYOUT = Layout((1, 3, 4), 64, torch.bfloat16)
 TOKEN_BYTES = (3 + 1) * 64 * 2 + 4 + 4
 TRAFFIC = Traffic(max_document_tokens=100, batch_tokens=400, num_servers=2)
 BEST = 6 * 2 * 400
-"""Tokens: six forwards of each server."""
+"""Tokens in flight: six forwards of each server. One more of each and those of four documents are held beside them."""
 Usage = namedtuple("Usage", "free")
 
 
@@ -37,11 +37,12 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
 @pytest.mark.parametrize(
     ("memory_tokens", "disk_tokens", "in_memory", "in_flight"),
     [
-        (BEST, 0, True, BEST),
-        (BEST - 1, BEST, False, BEST),
-        (BEST - 1, BEST - 1, True, BEST // 2),
-        (100, 150, False, 150),
-        (100, 0, True, 100),
+        (BEST + 6 * 400, 0, True, BEST),
+        (BEST + 6 * 400 - 1, BEST + 6 * 400, False, BEST),
+        (BEST + 6 * 400 - 1, BEST + 6 * 400 - 1, True, BEST // 2),
+        # No forward has more tokens than are in flight.
+        (7 * 100, 7 * 150, False, 150),
+        (7 * 100, 0, True, 100),
     ],
 )
 def test_files_lie_in_memory_if_there_is_room_and_are_fewer_where_there_is_little(
@@ -53,9 +54,8 @@ def test_files_lie_in_memory_if_there_is_room_and_are_fewer_where_there_is_littl
     in_flight: int,
 ) -> None:
     room = dict(zip(folders, (memory_tokens, disk_tokens), strict=True))
-    # Four documents of 100 tokens are on their way into a shard, and a fifth of the room is left to others. One byte
-    # more, for the division.
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(int((room[path] + 400) * TOKEN_BYTES / 0.8) + 1))
+    # A fifth of the room is left to others. One byte more, for the division.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(int(room[path] * TOKEN_BYTES / 0.8) + 1))
     with Handover(LAYOUT, TRAFFIC, fallback=folders[1]) as opened:
         assert opened.in_flight_tokens == in_flight
         assert [bool(list(folder.iterdir())) for folder in folders] == [in_memory, not in_memory]
@@ -67,9 +67,9 @@ def test_a_document_without_room_anywhere_is_refused_with_the_numbers(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2**28))
     layout, traffic = Layout((1, 3, 4), 8192, torch.bfloat16), Traffic(8192, 8192, 1)
-    # Five documents of 8,192 tokens with 4 x 8,192 values of bf16 each.
+    # Six forwards of 8,192 tokens with 4 x 8,192 values of bf16 each.
     message = (
-        r"take 2.50 GiB on their way, but .*memory has 0.20 GiB, .*disk has 0.20 GiB to use: .*max_document_tokens"
+        r"take 3.00 GiB on their way, but .*memory has 0.20 GiB, .*disk has 0.20 GiB to use: .*max_document_tokens"
     )
     with (
         pytest.raises(ValueError, match=message),
@@ -182,7 +182,7 @@ def test_a_document_whose_files_are_lost_is_sent_again_some_times(
         assert order(captured(opened, [object()], requests([30, 40, 20]))) == [0, 1, 2]  # type: ignore[list-item]
     assert [rid for rid in server.sent if "-1-" in rid] == [f"capture-1-40-{'#lost' * n}" for n in range(3)]
     assert caplog.text.count("sending it again") == 2
-    Answered(monkeypatch, lost=[f"capture-0-40-{'#lost' * n}" for n in range(4)])
+    Answered(monkeypatch, lost=[f"capture-3-40-{'#lost' * n}" for n in range(4)])
     with pytest.raises(FilesLost):
         order(captured(opened, [object()], requests([40])))  # type: ignore[list-item]
 

@@ -6,6 +6,7 @@ N rows of a forward, T rows of a document, U teaching rows, L layers, D width, V
 import ast
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +18,9 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from specforge_core.targets import TargetFeatures, handover, sglang_hook
-from specforge_core.targets.handover import FilesLost, Handover, HookError, Layout, Traffic, teaching_runs
-from specforge_core.targets.sglang_hook import Ring, greedy_and_normalizer, vocabulary_part, wanted
+from specforge_core.targets.forward_files import HookError
+from specforge_core.targets.handover import FilesLost, Handover, Layout, Traffic, teaching_runs
+from specforge_core.targets.sglang_hook import greedy_and_normalizer, reduced, vocabulary_part, wanted
 
 LAYERS = (0, 2)
 D, V = 8, 11
@@ -37,7 +39,7 @@ class Server:
     """Calls hooks as a server does, with a head and hidden states of its own choice."""
 
     def __init__(self, opened: Handover, **config: Any) -> None:
-        shared = {"directory": str(opened._pieces), "layers": list(LAYERS), "ring_bytes": 2**15, "num_threads": 2}
+        shared = {"directory": str(opened._directory), "layers": list(LAYERS), "num_buffers": 2, "buffer_bytes": 2**12}
         self.capture = sglang_hook.Capture({**shared, **config})
         self.modules = {layer: nn.Identity() for layer in LAYERS}
         torch.manual_seed(0)
@@ -79,11 +81,11 @@ def check(features: TargetFeatures, outputs: dict[int, Any], last_ND: Tensor, ro
     assert len(features.logsumexp_U) == len(teach)
 
 
-def test_the_hook_needs_nothing_but_torch_and_the_standard_library() -> None:
+def test_the_hook_needs_nothing_but_torch_triton_and_the_standard_library() -> None:
     tree = ast.parse(Path(sglang_hook.__file__).read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.partition(".")[0] for name in names} <= {*sys.stdlib_module_names, "torch"}
+    assert {name.partition(".")[0] for name in names} <= {*sys.stdlib_module_names, "torch", "triton"}
 
 
 def test_a_request_id_says_which_tokens_teach() -> None:
@@ -91,9 +93,9 @@ def test_a_request_id_says_which_tokens_teach() -> None:
     runs = [range(2), range(5, 6), range(9, 12)]
     assert teaching_runs(is_teaching_T) == runs
     rid = sglang_hook.request_id(7, 12, runs)
-    assert wanted(rid) == ("7", 12, tuple(runs))
-    assert wanted(f"{rid}#lost#2") == ("7#lost#2", 12, tuple(runs))
-    assert wanted(sglang_hook.request_id(0, 3, [])) == ("0", 3, ())
+    assert wanted(rid) == (7, "7", 12, tuple(runs))
+    assert wanted(f"{rid}#lost#2") == (7, "7#lost#2", 12, tuple(runs))
+    assert wanted(sglang_hook.request_id(0, 3, [])) == (0, "0", 3, ())
     assert wanted("HEALTH_CHECK_1712.5") is None
 
 
@@ -109,7 +111,7 @@ def test_each_request_of_a_forward_gets_its_rows_and_others_are_left_alone(opene
     torch.testing.assert_close(features.logsumexp_U.double(), logits_UV.logsumexp(-1), rtol=1e-6, atol=1e-6)
     # A document may be without any token that teaches.
     check(opened.collect(second), outputs, last_ND, slice(6, 9), [])
-    assert list(opened._pieces.iterdir()) == []
+    assert list(opened._directory.iterdir()) == []
 
 
 def test_a_request_may_come_in_chunks_beside_others(opened: Handover) -> None:
@@ -154,7 +156,7 @@ def ambiguous(server: Server) -> None:
 
 
 def small(server: Server) -> None:
-    server.capture._config["ring_bytes"] = 256
+    server.capture._config["buffer_bytes"] = 256
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,7 @@ def test_rows_that_are_not_all_there_are_an_error_that_the_reader_raises(
         (scaled, "the target scales its logits by 0.5: drafts cannot do that"),
         (quantised, "the head SimpleNamespace has no plain weight"),
         (ambiguous, "two modules are layer 2: the pattern of the hook fits too many"),
-        (small, "a piece of 512 bytes does not fit the ring of 256 bytes"),
+        (small, "a forward of 272 bytes does not fit a buffer of 256 bytes"),
     ],
 )
 def test_so_is_a_server_that_capture_does_not_understand(
@@ -205,10 +207,11 @@ def test_so_are_layers_that_are_missing_or_not_summed_over_the_ranks(opened: Han
         opened.collect(unsummed)
 
 
-def test_a_file_that_cannot_be_written_is_an_error_too(opened: Handover) -> None:
+def test_a_file_that_cannot_be_written_is_an_error_too(opened: Handover, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang_hook, "_numbers", iter([3, 4]))
+    # In the place of the forward's file.
+    (opened._directory / f".{os.getpid()}-3").mkdir()
     rid = opened.rid(0, teaching(3, 0))
-    # In the place of the request's file.
-    (opened._pieces / "0" / f".0-3.float32.{os.getpid()}").mkdir(parents=True)
     Server(opened).forward([(rid, 0, 3)], *states(3))
     with pytest.raises(HookError, match="IsADirectoryError"):
         opened.collect(rid)
@@ -225,29 +228,31 @@ def test_answers_without_files_are_noticed_and_older_attempts_are_not_mixed_in(o
     outputs, last_ND = states(10)
     server.forward([(f"{rid}#2", 0, 10)], outputs, last_ND)
     check(opened.collect(f"{rid}#2"), outputs, last_ND, slice(0, 10), [0])
-    assert list(opened._pieces.iterdir()) == []
+    assert list(opened._directory.iterdir()) == []
 
 
-def test_only_a_full_ring_makes_the_forward_wait_and_its_parts_never_overlap() -> None:
-    ring = Ring(4 * 512, pinned=False)
-    first, second, third = (ring.take(size) for size in (1, 512, 513))
-    assert (first, second, third) == (0, 512, 1024)
-    assert ring._free(1) is None
-    ring.give_back(second)
-    # The oldest part is not free yet, so what lies behind it waits.
-    assert ring._free(1) is None
-    ring.give_back(first)
-    assert (ring._free(1024), ring._free(1025)) == (0, None)
-    assert ring.take(512) == 0
-    assert ring._free(1024) is None
-    ring.give_back(third)
-    assert (ring.take(512), ring.take(1024), ring._free(1)) == (512, 1024, None)
-    with pytest.raises(ValueError, match="a piece of 2560 bytes does not fit the ring of 2048 bytes"):
-        ring.take(2049)
+def test_a_forward_waits_only_for_a_free_buffer(opened: Handover, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_write = threading.Semaphore(0)
+    write_whole = sglang_hook.write_whole
+    monkeypatch.setattr(sglang_hook, "write_whole", lambda *file: may_write.acquire() and write_whole(*file))
+    server = Server(opened, num_buffers=2)
+    rids = [opened.rid(i, teaching(3, 0)) for i in range(3)]
+    for rid in rids[:2]:
+        server.forward([(rid, 0, 3)], *states(3))
+    third = threading.Thread(target=server.forward, args=([(rids[2], 0, 3)], *states(3)))
+    third.start()
+    third.join(timeout=0.1)
+    assert third.is_alive()
+    may_write.release()
+    third.join(timeout=5)
+    assert not third.is_alive()
+    may_write.release(2)
+    for rid in rids:
+        check(opened.collect(rid), *states(3), slice(3), [0])
 
 
-def test_a_stream_many_times_the_ring_comes_through_whole(opened: Handover) -> None:
-    server = Server(opened, ring_bytes=4096)
+def test_a_stream_of_many_times_the_buffers_comes_through_whole(opened: Handover) -> None:
+    server = Server(opened, num_buffers=2)
     for i in range(40):
         rid = opened.rid(i, teaching(7, 3))
         outputs, last_ND = states(7)
@@ -255,6 +260,34 @@ def test_a_stream_many_times_the_ring_comes_through_whole(opened: Handover) -> N
         if i % 5 == 4:
             for j in range(i - 4, i + 1):
                 check(opened.collect(opened.rid(j, teaching(7, 3))), outputs, last_ND, slice(0, 7), [3])
+
+
+def test_rows_of_logits_are_reduced_in_one_pass() -> None:
+    # Fewer columns than a program reads at a time, and three times as many and some.
+    for num_columns in (100, 3 * sglang_hook.BLOCK + 17):
+        logits_NV = 20 * torch.randn(3, num_columns, generator=torch.Generator().manual_seed(1))
+        # The largest one twice, in different lanes; and far below zero.
+        logits_NV[0, [7, 60]] = 200.0
+        logits_NV[1] -= 1e4
+        best_N, greedy_N, logsumexp_N = reduced(logits_NV)
+        assert torch.equal(best_N, logits_NV.max(dim=-1).values)
+        assert greedy_N.tolist() == [7, *logits_NV[1:].argmax(dim=-1).tolist()]
+        torch.testing.assert_close(logsumexp_N.double(), logits_NV.double().logsumexp(-1), rtol=1e-6, atol=1e-6)
+    assert reduced(torch.full((1, 9), torch.nan))[2].isnan().all()
+    assert [part.shape for part in reduced(torch.empty(0, 5))] == [(0,)] * 3
+
+
+def test_late_forwards_of_documents_that_are_read_are_let_go(opened: Handover) -> None:
+    server = Server(opened)
+    first, second = opened.rid(0, teaching(3, 0)), opened.rid(1, teaching(2, 1))
+    # Both were sent twice; the first answer counts.
+    server.forward([(f"{first}#2", 0, 3), (f"{second}#2", 0, 2)], *states(5))
+    check(opened.collect(f"{first}#2"), *states(5), slice(3), [0])
+    server.forward([(first, 0, 3)], *states(3))
+    server.forward([(second, 0, 2)], *states(2))
+    check(opened.collect(second), *states(2), slice(2), [1])
+    assert list(opened._directory.iterdir()) == []
+    assert not opened._forwards._parts
 
 
 def _rank(rank: int, num_ranks: int, store: str, results: Any) -> None:
@@ -292,7 +325,7 @@ def test_a_head_split_over_ranks_gives_the_same_on_each(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_rows_are_copied_before_their_memory_is_used_again(opened: Handover) -> None:
-    server = Server(opened, ring_bytes=2**20)
+    server = Server(opened)
     server.head.cuda()
     for i in range(200):
         outputs, last_ND = states(20 + i % 5)
