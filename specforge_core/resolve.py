@@ -55,7 +55,7 @@ def resolve_target(
     Raises: ValueError if there is no such target or it holds no safetensors, ConnectionError if the Hub is needed to
     resolve a branch and cannot be reached.
     """
-    path = _local_path(config.model, base_dir)
+    path = local_path(config.model, base_dir)
     if path is None:
         commit = _commit("model", config.model, config.revision, base_dir, api)
         return ResolvedTarget(**{**dict(config), "revision": commit, "content_id": commit})
@@ -71,7 +71,7 @@ def resolve_source(source: PromptSource, base_dir: Path, *, api: "HfApi | None" 
     """The prompt source with its content pinned. Args and errors as of `resolve_target`."""
     if source.dataset == BUILTIN_DEMO:
         return ResolvedSource(**{**dict(source), "content_id": _demo_content_id(source)})
-    path = _local_path(source.dataset, base_dir)
+    path = local_path(source.dataset, base_dir)
     if path is None:
         commit = _commit("dataset", source.dataset, source.revision, base_dir, api)
         return ResolvedSource(**{**dict(source), "revision": commit, "content_id": commit})
@@ -110,7 +110,7 @@ def pin(path: Path, *, api: "HfApi | None" = None) -> list[str]:
     edits, changes = [], []
     for reference in _references(root):
         name, branch = reference.name.value, (reference.revision and reference.revision.value) or DEFAULT_BRANCH
-        if name == BUILTIN_DEMO or COMMIT.fullmatch(branch) or _local_path(name, base_dir):
+        if name == BUILTIN_DEMO or COMMIT.fullmatch(branch) or local_path(name, base_dir):
             continue
         repo = (reference.kind, name, branch)
         if repo not in commits:
@@ -125,7 +125,8 @@ def pin(path: Path, *, api: "HfApi | None" = None) -> list[str]:
     return changes
 
 
-def _local_path(name: str, base_dir: Path) -> Path | None:
+def local_path(name: str, base_dir: Path) -> Path | None:
+    """Where a name of the manifest lies; None for one that is a Hub id."""
     path = base_dir / Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.endswith(DATA_SUFFIXES)
     return path.resolve() if looks_local or path.exists() else None

@@ -1,0 +1,107 @@
+"""A draft's weights, and the bytes and FLOPs of its training, counted from two configs alone. Torch-free."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from specforge_core.cost.target_model import BYTES, TargetModel
+from specforge_core.manifest_sections import DraftConfig, FeatureDtype
+from specforge_core.training.bench.lengths import Conversation, Turn
+from specforge_core.training.bench.shapes import RowCounts, Shape
+
+NUM_AUX_LAYERS = 3
+MASTER_BYTES = 4
+OPTIMIZER_BYTES = 2 * MASTER_BYTES
+"""Of AdamW's two moments, for each weight."""
+COMPUTE_BYTES = 2
+IDS_BYTES = 4 + 1
+"""Of a stored token: its id and whether it is supervised."""
+TEACHER_BYTES = 4 + 4
+"""Of a teaching token: the target's favourite and its log-sum-exp."""
+SCALE_BYTES = 4
+FLOAT8_BYTES = 1
+
+
+def draft_shape(draft: DraftConfig, config: Mapping[str, Any], target: TargetModel) -> Shape:
+    """The draft's sizes: those of the manifest, or else the target's. Raises: ValueError for one that neither has."""
+    text = {**config, **config.get("text_config", {})}
+    num_heads = draft.num_attention_heads or target.num_heads
+    intermediate_size = draft.intermediate_size or text.get("intermediate_size")
+    if intermediate_size is None:
+        raise ValueError(
+            "the target's config has no intermediate_size for the draft to take; set draft.intermediate_size"
+        )
+    return Shape(
+        width=target.width,
+        intermediate_size=intermediate_size,
+        num_heads=num_heads,
+        num_kv_heads=draft.num_key_value_heads or text.get("num_key_value_heads") or num_heads,
+        head_dim=draft.head_dim or text.get("head_dim") or target.width // num_heads,
+        vocab_size=target.vocab_size,
+        draft_vocab_size=min(draft.draft_vocab_size, target.vocab_size),
+    )
+
+
+def num_parameters(shape: Shape) -> int:
+    """Trained weights, without the norms: `fc`, one decoder layer over two inputs, and the head."""
+    heads_width, kv_width = shape.num_heads * shape.head_dim, 2 * shape.num_kv_heads * shape.head_dim
+    fc = NUM_AUX_LAYERS * shape.width**2
+    attention = 2 * shape.width * (heads_width + kv_width) + heads_width * shape.width
+    return fc + attention + 3 * shape.width * shape.intermediate_size + shape.width * shape.draft_vocab_size
+
+
+def frozen_bytes(shape: Shape) -> int:
+    """What training holds beside the trained weights: the target's embedding, and its head for the draft's tokens."""
+    return COMPUTE_BYTES * shape.width * (shape.vocab_size + shape.draft_vocab_size)
+
+
+def checkpoint_bytes(shape: Shape) -> int:
+    """Of one checkpoint: float32 weights and the optimizer's state."""
+    return (MASTER_BYTES + OPTIMIZER_BYTES) * num_parameters(shape)
+
+
+def feature_bytes(width: int, dtype: FeatureDtype, num_tokens: float, num_teaching: float) -> float:
+    """Of stored features: the captured layers of each token, and the last hidden state where one teaches."""
+    if dtype == "float8":
+        vector = width * FLOAT8_BYTES + SCALE_BYTES
+    else:
+        vector = width * BYTES[dtype]
+    by_token, by_teaching = NUM_AUX_LAYERS * vector + IDS_BYTES, vector + TEACHER_BYTES
+    return num_tokens * by_token + num_teaching * by_teaching
+
+
+def count_conversation(conversation: Conversation, num_steps: int) -> RowCounts:
+    """The rows that a conversation adds to training, as `count_rows` counts them in a batch.
+
+    An answer of `a` tokens from position s on supervises slots s-1 to s+a-3-i at step i, a-1-i of them: slot t reads
+    token t+1+i and predicts t+2+i, both of the answer. The query of slot t at step i reads t + 1 + i keys.
+    """
+    rows = [0] * num_steps
+    num_tokens = num_teachers = num_keys = 0
+    for turn in conversation:
+        start = num_tokens + turn.prompt
+        # In a document that begins with its answer, the first token has no slot before it.
+        first, answer = (start - 1, turn.answer) if start else (0, turn.answer - 1)
+        num_tokens += turn.prompt + turn.answer
+        num_teachers += max(0, answer - 1)
+        for step in range(num_steps):
+            count = max(0, answer - 1 - step)
+            rows[step] += count
+            num_keys += count * (first + 1 + step) + count * (count - 1) // 2
+    return RowCounts(num_tokens, num_teachers, tuple(rows), num_keys)
+
+
+def add_counts(counts: Iterable[RowCounts]) -> RowCounts:
+    """The counts of conversations packed into one batch."""
+    columns = list(zip(*counts, strict=True))
+    tokens, teachers, rows, keys = columns
+    return RowCounts(sum(tokens), sum(teachers), tuple(map(sum, zip(*rows, strict=True))), sum(keys))
+
+
+def cut(conversation: Conversation, max_tokens: int) -> Conversation:
+    """The first tokens of a conversation, as training cuts it."""
+    kept: list[Turn] = []
+    for turn in conversation:
+        room = max_tokens - sum(map(sum, kept))
+        prompt = min(turn.prompt, room)
+        kept.append(Turn(prompt, min(turn.answer, room - prompt)))
+    return tuple(turn for turn in kept if sum(turn))

@@ -1,0 +1,229 @@
+"""Measured rates from `reports/`, as lines: seconds = work * s_per_unit + fixed_s. Torch-free.
+
+A line is what the measurements show: a micro-batch of training takes its useful FLOPs at one rate whatever the draft's
+shape, and some milliseconds more; a request of capture, its FLOPs and some overhead; a step of decoding, the bytes that
+it reads. So rows of other shapes predict a shape that nobody measured.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from specforge_core.benchmark.rates_results import Comparison, ServingRates
+from specforge_core.cost.configs import hub_facts
+from specforge_core.cost.hardware import Hardware, find_hardware
+from specforge_core.cost.target_model import TargetModel, target_model
+from specforge_core.manifest_sections import TargetConfig
+from specforge_core.training.bench.results import MILLISECONDS, Row, StepRow, TrainingBench
+
+OURS, OURS_FLOAT8 = "ours", "ours-float8"
+GRADIENT_BYTES = 4
+"""Of each weight, in float32."""
+ADAMW_BYTES = 28
+"""Read and written for each weight: float32 weight, gradient and two moments in, all but the gradient out."""
+SERVED_KEYS = 128
+"""Tokens of a request while it is answered, in measurements that do not say: those of the demo's prompts."""
+
+
+FULL_PASS_ROWS = 4000
+"""Supervised slots from which on a pass is as large as it gets, and so are its activations."""
+
+
+class Point(NamedTuple):
+    """One measurement."""
+
+    work: float
+    seconds: float
+    name: str = ""
+
+
+class Line(NamedTuple):
+    """Seconds by work."""
+
+    s_per_unit: float
+    fixed_s: float
+
+    def seconds(self, work: float, speed: float = 1.0) -> float:
+        """Args: speed: of the hardware, against that of the measurement; overhead does not get faster."""
+        return work * self.s_per_unit / speed + self.fixed_s
+
+
+def fit_line(points: Sequence[Point]) -> Line:
+    """The line with the least relative squared error; through the origin where it would pass below it, or one point.
+
+    Raises: ValueError without points.
+    """
+    if not points:
+        raise ValueError("no measurements to fit")
+    # Minimises the sum of (a * work / seconds + b / seconds - 1)^2 over a and b.
+    x, y = [p.work / p.seconds for p in points], [1 / p.seconds for p in points]
+    xx, xy, yy = (sum(u * v for u, v in zip(*pair, strict=True)) for pair in ((x, x), (x, y), (y, y)))
+    determinant = xx * yy - xy * xy
+    if len(points) > 1 and determinant > 1e-12 * xx * yy:
+        slope = (sum(x) * yy - sum(y) * xy) / determinant
+        fixed = (sum(y) * xx - sum(x) * xy) / determinant
+        if slope > 0 and fixed >= 0:
+            return Line(slope, fixed)
+    return Line(sum(x) / xx, 0.0)
+
+
+class Rates(NamedTuple):
+    """All measurements of one kind of GPU."""
+
+    hardware: Hardware
+    passes: tuple[Point, ...]
+    """FLOPs that a micro-batch needs; seconds of its forward and backward pass."""
+    float8_passes: tuple[Point, ...]
+    optimizer_bytes_per_s: float
+    activation_bytes: tuple[Point, ...]
+    """Trained weights; bytes (not seconds) of a pass beside weights, gradients and inputs."""
+    captures: tuple[Point, ...]
+    """FLOPs of a request; its seconds on one GPU. The work is unknown where the target is."""
+    steps: tuple[Point, ...]
+    """Bytes that a decoding step reads; its seconds on one GPU."""
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+    source: str
+    """What was measured where, in words."""
+
+
+def load_rates(directory: Path, hardware: Hardware | None = None) -> Rates:
+    """The rates under `reports/`: those of `hardware` where it was measured, else those of the GPU with most rows.
+
+    Raises: ValueError if what is needed was not measured.
+    """
+    benches = [
+        TrainingBench.model_validate(values)
+        for values in _json_files(directory / "training")
+        if {"rows", "matmul_flops"} <= values.keys() and values["environment"]["gpu"]
+    ]
+    servings = [
+        ServingRates.model_validate(values)
+        for values in _json_files(directory / "serving")
+        if "comparisons" in values and values["environment"]["gpu"]
+    ]
+    measured = find_measured(benches, servings, hardware)
+    if measured is None:
+        raise ValueError(
+            f"{directory} has no GPU's rates of both training and serving; measure them with "
+            "`python -m specforge_core.training.bench --step` and `python -m specforge_core.benchmark.rates`, or name "
+            "the folder with --reports"
+        )
+    benches = [bench for bench in benches if _gpu(bench) == measured]
+    servings = [serving for serving in servings if _gpu(serving) == measured]
+    rows = [row for bench in benches for row in bench.rows if row.is_measured]
+    steps = [step for bench in benches for step in bench.step_rows]
+    ours = [row for row in rows if row.path == OURS]
+    written = [serving.disk_bytes_per_s for serving in servings if serving.disk_bytes_per_s]
+    training_commits = sorted({bench.environment.commit or "unknown" for bench in benches})
+    serving_commits = sorted({serving.environment.commit or "unknown" for serving in servings})
+    targets = ", ".join(sorted({serving.target for serving in servings}))
+    return Rates(
+        hardware=measured,
+        passes=tuple(map(pass_point, ours)),
+        float8_passes=tuple(pass_point(row) for row in rows if row.path == OURS_FLOAT8),
+        optimizer_bytes_per_s=_optimizer_rate(ours),
+        activation_bytes=tuple(activation_point(row) for row in ours if row.num_supervised >= FULL_PASS_ROWS),
+        captures=tuple(p for serving in servings for p in serving_points(serving, "capture", capture_point)),
+        steps=tuple(p for serving in servings for p in serving_points(serving, "regenerate", step_point)),
+        read_bytes_per_s=max(map(_read_rate, steps)),
+        write_bytes_per_s=min(written),
+        source=(
+            f"{measured.name}: training of {', '.join(sorted({row.shape for row in ours}))} at commit "
+            f"{', '.join(training_commits)}; serving of {targets} at commit {', '.join(serving_commits)}"
+        ),
+    )
+
+
+def find_measured(
+    benches: Sequence[TrainingBench], servings: Sequence[ServingRates], wanted: Hardware | None
+) -> Hardware | None:
+    """The GPU to scale from; None if none has all that is needed."""
+    complete = {_gpu(bench) for bench in benches if any(bench.step_rows)} & {
+        _gpu(serving)
+        for serving in servings
+        if {"capture", "regenerate"} <= {comparison.stage for comparison in serving.comparisons}
+    }
+    if wanted in complete:
+        return wanted
+    return max(complete, key=lambda gpu: sum(len(b.rows) for b in benches if _gpu(b) == gpu), default=None)
+
+
+def pass_point(row: Row) -> Point:
+    """Forward and backward pass of a micro-batch."""
+    return Point(row.useful_flops, median(row.ms) / MILLISECONDS, row.shape)
+
+
+def activation_point(row: Row) -> Point:
+    """Memory beside what is counted, by trained weights."""
+    counted = (row.weight_bytes or 0) + (row.gradient_bytes or 0) + (row.input_bytes or 0)
+    return Point((row.gradient_bytes or 0) / GRADIENT_BYTES, (row.peak_bytes or 0) - counted, row.shape)
+
+
+def serving_points(
+    serving: ServingRates, stage: str, point: Callable[[Comparison, TargetModel, ServingRates], Point]
+) -> list[Point]:
+    """The points of one stage."""
+    model = served_model(serving)
+    return [point(comparison, model, serving) for comparison in serving.comparisons if comparison.stage == stage]
+
+
+def capture_point(comparison: Comparison, model: TargetModel, serving: ServingRates) -> Point:
+    """A request of capture, while the server is at work: what comes after, a longer run has once, too."""
+    one = comparison.ours[0]
+    tokens = one.num_tokens / one.num_requests
+    flops = tokens * model.prefill_flops((tokens + 1) / 2, comparison.supervised_share or 0)
+    return Point(flops, median(done.served_s for done in comparison.ours) / one.num_requests, comparison.work)
+
+
+def step_point(comparison: Comparison, model: TargetModel, serving: ServingRates) -> Point:
+    """A step of decoding with all slots taken, the reading of the prompts shared out among the steps."""
+    slots = served_slots(serving)
+    seconds = median(done.served_s / done.num_tokens for done in comparison.ours) * slots
+    return Point(model.decode_bytes(slots, SERVED_KEYS), seconds, comparison.work)
+
+
+def served_slots(serving: ServingRates) -> int:
+    """Requests that the server of regeneration decodes at once. Raises: ValueError if its command does not say."""
+    command = serving.servers["regenerate"].command or ""
+    found = re.search(r"--max-running-requests[ =](\d+)", command)
+    if found is None:
+        raise ValueError(f"the measured server does not say how many requests it ran at once: {command}")
+    return int(found.group(1))
+
+
+def served_model(serving: ServingRates) -> TargetModel:
+    """The target that was served: an enlarged demo names its sizes, any other one is among those that ship."""
+    name = serving.target.partition(",")[0]
+    sizes = re.findall(r"(hidden_size|num_\w+|intermediate_size|head_dim|vocab_size) ([\d,]+)", serving.note or "")
+    config: dict[str, Any] = {key: int(value.replace(",", "")) for key, value in sizes}
+    if not config:
+        configs = hub_facts()["configs"]
+        config = next((values for hub_id, values in configs.items() if hub_id.rpartition("/")[2] == name), {})
+    return target_model(config, TargetConfig(model=name))
+
+
+def _gpu(measured: TrainingBench | ServingRates) -> Hardware:
+    assert measured.environment.gpu
+    return find_hardware(measured.environment.gpu)
+
+
+def _optimizer_rate(rows: Iterable[Row]) -> float:
+    """Bytes/s of AdamW over all rows that profiled it."""
+    profiled = [(row.gradient_bytes or 0, row.parts_ms["optimizer"]) for row in rows if "optimizer" in row.parts_ms]
+    return (
+        sum(ADAMW_BYTES * size / GRADIENT_BYTES for size, _ in profiled) * MILLISECONDS / sum(ms for _, ms in profiled)
+    )
+
+
+def _read_rate(step: StepRow) -> float:
+    """Of a disk that is at least so fast."""
+    return step.stored_bytes * MILLISECONDS / sum(step.cold_step_ms)
+
+
+def _json_files(directory: Path) -> list[dict[str, Any]]:
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("*.json"))]
+    return [values for values in found if isinstance(values, dict) and "environment" in values]
