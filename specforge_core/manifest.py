@@ -18,6 +18,7 @@ from specforge_core.manifest_sections import (
     FeaturesConfig,
     GatesConfig,
     Name,
+    ParallelConfig,
     PromptSource,
     PublishConfig,
     ResourcesConfig,
@@ -157,14 +158,28 @@ class ManifestEntry(Config):
 
     @model_validator(mode="after")
     def _every_gpu_trains(self) -> "ManifestEntry":
+        which = "resources.num_gpus" + " - features.serve_gpus" * (self.features.serve_gpus is not None)
+        num_gpus, parallel = max(1, self.num_training_gpus), self.training.parallel
+        if num_gpus % parallel.gpus_per_replica:
+            raise cross_field_error(
+                ("training", "parallel"),
+                f"cp={parallel.cp} x tp={parallel.tp} does not divide {which}={self.num_training_gpus}; change one "
+                "of them",
+            )
+        if self.draft.num_key_value_heads and self.draft.num_key_value_heads % parallel.tp:
+            raise cross_field_error(
+                ("training", "parallel", "tp"),
+                f"{parallel.tp} does not divide draft.num_key_value_heads={self.draft.num_key_value_heads}; "
+                "choose a divisor of it",
+            )
         num_micro_batches = self.training.tokens_per_batch // self.training.tokens_per_micro_batch
-        if num_micro_batches < self.num_training_gpus:
-            which = "resources.num_gpus" + " - features.serve_gpus" * (self.features.serve_gpus is not None)
+        if num_micro_batches < num_gpus // parallel.gpus_per_replica:
+            way_out = "raise it or lower training.tokens_per_micro_batch"
             raise cross_field_error(
                 ("training", "tokens_per_batch"),
                 f"{self.training.tokens_per_batch} is {num_micro_batches} micro-batches of "
                 f"{self.training.tokens_per_micro_batch} tokens, too few for {which}="
-                f"{self.num_training_gpus}; raise it or lower training.tokens_per_micro_batch",
+                f"{self.num_training_gpus}{_replicas(parallel)}; {way_out}",
             )
         return self
 
@@ -182,6 +197,12 @@ class ManifestEntry(Config):
     def digest(self) -> str:
         """A digest of every field, defaults included; the same whatever the order in the file."""
         return digest(self.model_dump(mode="json"))
+
+
+def _replicas(parallel: ParallelConfig) -> str:
+    """How many GPUs share a micro-batch, if they do."""
+    shared = parallel.gpus_per_replica
+    return f" in replicas of {shared}" if shared > 1 else ""
 
 
 def _overlap(one: PromptSource, other: PromptSource) -> bool:

@@ -169,6 +169,19 @@ class FeaturesConfig(Config):
         return self
 
 
+class ParallelConfig(Config):
+    """How many processes share each micro-batch; the replicas that they form take micro-batches of their own."""
+
+    cp: PositiveInt = 1
+    """They share its tokens and supervised rows: for documents of 32k tokens and more."""
+    tp: PositiveInt = 1
+    """They share the heads and features of the layer. Not with `muon`."""
+
+    @property
+    def gpus_per_replica(self) -> int:
+        return self.cp * self.tp
+
+
 class TrainingConfig(Config):
     """Budget and optimizer of one draft."""
 
@@ -176,9 +189,10 @@ class TrainingConfig(Config):
     tokens_per_batch: PositiveInt = 8192
     """Packed tokens of one optimizer step, over all processes."""
     tokens_per_micro_batch: PositiveInt = 8192
-    """Packed tokens of one forward pass on one process."""
+    """Packed tokens of one forward pass on one replica, which is one process but for `parallel`."""
     max_document_tokens: PositiveInt = 4096
     """A longer conversation is cut here."""
+    parallel: Annotated[ParallelConfig, EXECUTION] = ParallelConfig()
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon`: Muon for the matrices of the layer, AdamW for everything else."""
     learning_rate: PositiveFloat = 1e-4
@@ -211,6 +225,12 @@ class TrainingConfig(Config):
                 ("max_document_tokens",),
                 f"{self.max_document_tokens} is more than tokens_per_micro_batch={micro_batch}, and a document is "
                 "never split; lower it or raise tokens_per_micro_batch",
+            )
+        if self.parallel.tp > 1 and self.optimizer == "muon":
+            raise cross_field_error(
+                ("parallel", "tp"),
+                f"{self.parallel.tp} splits the matrices that optimizer=muon orthogonalises as a whole; set it to 1 "
+                "or the optimizer to adamw",
             )
         return self
 

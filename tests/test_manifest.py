@@ -232,6 +232,28 @@ def test_scalars_are_read_as_yaml_1_2_reads_them(tmp_path: Path) -> None:
             "training.tokens_per_batch: 16384 is 2 micro-batches of 8192 tokens, too few for resources.num_gpus - "
             "features.serve_gpus=3",
         ),
+        (
+            "    resources: {num_gpus: 4}\n    training: {parallel: {cp: 3}}",
+            18,
+            "training.parallel: cp=3 x tp=1 does not divide resources.num_gpus=4; change one of them",
+        ),
+        (
+            "    training: {parallel: {tp: 2}}\n    draft: {num_attention_heads: 9, num_key_value_heads: 3}\n"
+            "    resources: {num_gpus: 2}",
+            17,
+            "training.parallel.tp: 2 does not divide draft.num_key_value_heads=3; choose a divisor of it",
+        ),
+        (
+            "    training: {parallel: {tp: 2}, optimizer: muon}\n    resources: {num_gpus: 2}",
+            17,
+            "training.parallel.tp: 2 splits the matrices that optimizer=muon orthogonalises as a whole",
+        ),
+        (
+            "    resources: {num_gpus: 4}\n    training: {parallel: {cp: 2}, tokens_per_batch: 8192}",
+            18,
+            "training.tokens_per_batch: 8192 is 1 micro-batches of 8192 tokens, too few for resources.num_gpus=4 in "
+            "replicas of 2",
+        ),
         ("    gates: {min_speedup: 4.5}", 17, "gates.min_speedup: 4.5 can never be reached: a step emits at most 4"),
         (
             "    gates: {min_speedup: 1.5}\n    benchmark: {serving: [{concurrency: 8}]}",
@@ -452,6 +474,12 @@ def test_gpus_that_serve_do_not_train(tmp_path: Path) -> None:
     assert entry.num_training_gpus == 3
     (entry,) = Manifest.load(write(tmp_path, VALID)).entries
     assert entry.num_training_gpus == 1
+
+
+def test_gpus_that_share_micro_batches_need_fewer_of_them(tmp_path: Path) -> None:
+    text = "    resources: {num_gpus: 4}\n    training: {tokens_per_batch: 16384, parallel: {cp: 2}}\n"
+    (entry,) = Manifest.load(write(tmp_path, VALID + text)).entries
+    assert entry.training.parallel.gpus_per_replica == 2
 
 
 def test_models_made_in_code_are_checked_too() -> None:

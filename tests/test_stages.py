@@ -7,7 +7,14 @@ import pytest
 
 from specforge_core.artifacts import seal
 from specforge_core.facts import Vocabulary
-from specforge_core.manifest_sections import AnswerConfig, BenchmarkConfig, Eagle3Config, FeaturesConfig, TrainingConfig
+from specforge_core.manifest_sections import (
+    AnswerConfig,
+    BenchmarkConfig,
+    Eagle3Config,
+    FeaturesConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
 from specforge_core.stages import (
     SPECS,
     BenchmarkSpec,
@@ -100,6 +107,7 @@ def test_where_and_how_fast_a_stage_runs_does_not_change_its_key(specs: dict[str
     assert changed(specs["capture"], batch_tokens=1) == specs["capture"].key()
     assert changed(specs["capture"], features=FeaturesConfig(buffer_gib=1)) == specs["capture"].key()
     assert changed(specs["train"], num_processes=2) == specs["train"].key()
+    assert changed(specs["train"], training=TrainingConfig(parallel=ParallelConfig(cp=2))) == specs["train"].key()
 
 
 def test_the_learning_rate_changes_training_and_never_captures_again(tmp_path: Path) -> None:

@@ -59,16 +59,11 @@ BY_ROWS = "lm_head.weight"
 def parallelize(draft: DraftModel, config: TrainingConfig, workers: Workers) -> Sharding:
     """What optimizers step in place of the draft's parameters. The draft lies on its device, the same everywhere.
 
-    Raises: ValueError if the mesh does not fit the processes, the draft or the optimizer.
+    Raises: ValueError if tp does not fit the draft or the optimizer.
     """
     if workers.world_size == 1:
         return Sharding(draft)
     cp, tp = workers.cp, workers.tp
-    if workers.world_size % (cp * tp):
-        raise ValueError(
-            f"{workers.world_size} processes cannot form replicas of cp={cp} x tp={tp}; change training.parallel or "
-            "resources.num_gpus"
-        )
     device_type = workers.device.type
     mesh = init_device_mesh(device_type, (workers.num_replicas, cp, tp), mesh_dim_names=("dp", "cp", "tp"))
     everyone = DeviceMesh(device_type, torch.arange(workers.world_size), mesh_dim_names=("all",))
@@ -86,6 +81,20 @@ def parallelize(draft: DraftModel, config: TrainingConfig, workers: Workers) -> 
     if cp > 1 or tp > 1:
         draft.peers = ProcessPeers(mesh)
     return Sharding(draft, layouts, whole=muon_parameters(draft, config))
+
+
+@torch.no_grad()
+def reassemble(draft: DraftModel) -> None:
+    """Every process has the whole draft for itself again, trained as it is. What optimizers step is void then."""
+    peers = draft.peers
+    if isinstance(peers, ProcessPeers) and peers.num_parts > 1:
+        assert isinstance(draft, Eagle3Draft)
+        for name, dim in TENSOR_PLAN.items():
+            _replace(draft, name, peers.joined_parts(draft.get_parameter(name), dim))
+        draft.shape = draft.shape._replace(
+            num_heads=draft.shape.num_heads * peers.num_parts, num_kv_heads=draft.shape.num_kv_heads * peers.num_parts
+        )
+    draft.peers = Peers()
 
 
 def _check_splits(draft: Eagle3Draft, config: TrainingConfig, tp: int) -> None:
@@ -107,12 +116,15 @@ def _check_splits(draft: Eagle3Draft, config: TrainingConfig, tp: int) -> None:
 def _split_layer(draft: Eagle3Draft, part: int, num_parts: int) -> None:
     """Leave this process's part of the layer in the draft."""
     for name, dim in TENSOR_PLAN.items():
-        owner, _, field = name.rpartition(".")
-        weight = draft.get_parameter(name)
-        setattr(draft.get_submodule(owner), field, nn.Parameter(weight.detach().chunk(num_parts, dim)[part].clone()))
+        _replace(draft, name, draft.get_parameter(name).chunk(num_parts, dim)[part].clone())
     draft.shape = draft.shape._replace(
         num_heads=draft.shape.num_heads // num_parts, num_kv_heads=draft.shape.num_kv_heads // num_parts
     )
+
+
+def _replace(draft: DraftModel, name: str, value: Tensor) -> None:
+    owner, _, field = name.rpartition(".")
+    setattr(draft.get_submodule(owner), field, nn.Parameter(value))
 
 
 class ProcessPeers(Peers):
@@ -157,6 +169,12 @@ class ProcessPeers(Peers):
     def add_up_parts(self, x: Tensor) -> Tensor:
         dist.all_reduce(x, group=self._tensor)
         return x
+
+    def joined_parts(self, x: Tensor, dim: int) -> Tensor:
+        """The tensors of all parts along `dim`."""
+        parts = [torch.empty_like(x) for _ in range(self.num_parts)]
+        dist.all_gather(parts, x.contiguous(), group=self._tensor)
+        return torch.cat(parts, dim)
 
 
 class _Spread(Function):

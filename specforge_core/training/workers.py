@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from specforge_core.manifest_sections import ParallelConfig
+
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
@@ -23,6 +25,15 @@ class Workers(NamedTuple):
     device: torch.device
     cp: int = 1
     tp: int = 1
+
+    def arranged(self, parallel: ParallelConfig) -> "Workers":
+        """This process in such a mesh. Raises: ValueError if the processes do not fill it."""
+        if self.world_size % parallel.gpus_per_replica:
+            raise ValueError(
+                f"training.parallel cp={parallel.cp} x tp={parallel.tp} does not divide {self.world_size} processes; "
+                "change it or resources.num_gpus"
+            )
+        return self._replace(cp=parallel.cp, tp=parallel.tp)
 
     @property
     def num_replicas(self) -> int:
@@ -57,15 +68,19 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def join_workers(device: str) -> Iterator[Workers]:
-    """The processes that torchrun started, or this one alone. Args: device: `cpu` or `cuda`."""
+def join_workers(device: str, parallel: ParallelConfig | None = None) -> Iterator[Workers]:
+    """The processes that torchrun started, or this one alone.
+
+    Args: device: `cpu` or `cuda`. Raises: ValueError if so many processes cannot form the replicas of `parallel`.
+    """
+    arrangement = parallel or ParallelConfig()
     if not dist.is_torchelastic_launched():
-        yield Workers(0, 1, torch.device(device))
+        yield Workers(0, 1, torch.device(device)).arranged(arrangement)
         return
     if device == "cuda":
         torch.cuda.set_device(dist.get_node_local_rank())
     dist.init_process_group(BACKENDS[device])
     try:
-        yield Workers(dist.get_rank(), dist.get_world_size(), torch.device(device))
+        yield Workers(dist.get_rank(), dist.get_world_size(), torch.device(device)).arranged(arrangement)
     finally:
         dist.destroy_process_group()

@@ -14,7 +14,7 @@ from specforge_core.drafts.base import DraftBatch
 from specforge_core.drafts.eagle3 import Eagle3Draft
 from specforge_core.manifest_sections import TrainingConfig
 from specforge_core.training.optim import build_optimizers
-from specforge_core.training.parallel import parallelize
+from specforge_core.training.parallel import parallelize, reassemble
 from specforge_core.training.sharding import as_dtensor
 from specforge_core.training.step import train_step
 from specforge_core.training.workers import Workers
@@ -71,6 +71,9 @@ def trained(mesh: Mesh, rank: int, optimizer: str) -> dict[str, Any]:
             found[f"step {step} {piece.name}"] = whole(as_dtensor(piece, piece.shard)).clone()
     for name, fields in sharding.state(optimizers)["state"].items():
         found |= {f"{field} of {name}": whole(value).clone() for field, value in fields.items()}
+    reassemble(draft)
+    assert draft.shape == draft_of_the_cases().shape
+    found |= {f"exported {name}": tensor.double() for name, tensor in draft.serving_state_dict().items()}
     return found
 
 
