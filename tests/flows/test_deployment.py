@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import itertools
+import json
 import os
 import re
 import signal
@@ -9,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +23,9 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 
-from tests.factory import make_factory, tiny_entry
+from specforge_core.gpus import list_gpus
+from specforge_core.ledger import load_entry_record
+from tests.factory import gpu_entry, make_factory, tiny_entry
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -34,9 +39,12 @@ class Services(NamedTuple):
     env: dict[str, str]
     log: Path
 
-    def run(self, *options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "prefect", "deployment", "run", "specbundle/build", *options]
+    def prefect(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
         return subprocess.run(command, env=self.env, cwd=REPOSITORY, capture_output=True, text=True)
+
+    def run(self, *options: str, deployment: str = "build") -> subprocess.CompletedProcess[str]:
+        return self.prefect("deployment", "run", f"specbundle/{deployment}", *options)
 
 
 def free_port() -> int:
@@ -109,6 +117,85 @@ def test_a_cancelled_run_leaves_no_stage_behind(tmp_path: Path, services: Servic
     state = asyncio.run(cancel(services.env["PREFECT_API_URL"], UUID(found[1])))
     assert state == "CANCELLED"
     assert stages() == []
+
+
+def test_every_pool_and_deployment_of_the_fleet_is_one_that_a_server_takes(services: Services) -> None:
+    pytest.importorskip("prefect_docker")
+    pytest.importorskip("prefect_kubernetes")
+    pools = (
+        ("specbundle-docker", "--type", "docker"),
+        ("specbundle-kubernetes", "--type", "kubernetes", "--base-job-template", "pools/kubernetes.json"),
+    )
+    for arguments in (*(("work-pool", "create", *pool) for pool in pools), ("deploy", "--all")):
+        done = services.prefect(*arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for name, variable, value in (("docker", "auto_remove", "True"), ("kubernetes", "gpus", "8")):
+        shown = services.prefect("deployment", "inspect", f"specbundle/build-{name}")
+        assert re.search(f"'work_pool_name': 'specbundle-{name}'", shown.stdout), shown.stdout
+        assert re.search(f"'{variable}': {value}", shown.stdout), shown.stdout
+
+
+class RecordedStage(NamedTuple):
+    """Where and when a stage ran, by `recorded_build.py`."""
+
+    stage: str
+    pid: int
+    devices: str
+    started_at: float
+    stopped_at: float
+
+    def overlaps(self, other: "RecordedStage") -> bool:
+        return self.started_at < other.stopped_at and other.started_at < self.stopped_at
+
+
+def run_recorded(tmp_path: Path, services: Services, env: dict[str, str]) -> list[RecordedStage]:
+    """The stages of one deployment run over three entries, each for a GPU of its own, on a host with two."""
+    entries = [gpu_entry(name, 1) for name in ("one", "two", "three")]
+    for number, entry in enumerate(entries, 1):
+        # So that they share no artifact from training on.
+        entry["training"] = entry["training"] | {"learning_rate": number * 1e-3}
+    manifest, recording = make_factory(tmp_path, *entries), tmp_path / "recording.jsonl"
+    entrypoint = "tests/flows/recorded_build.py:specbundle"
+    deployed = services.prefect("deploy", entrypoint, "--name", "recorded", "--pool", "specbundle")
+    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+    job_env = json.dumps({"RECORDING": str(recording), **env})
+    options = ["-p", f'manifest="{manifest}"', "--job-variable", f"env={job_env}", "--watch"]
+    finished = services.run(*options, deployment="recorded")
+    # Benchmarks beside each other on a few cores disturb each other, so what the gates say of them is no matter here.
+    outcomes = [load_entry_record(tmp_path / ".specbundle", entry["name"]).outcome for entry in entries]
+    assert None not in outcomes, finished.stdout + finished.stderr + services.log.read_text()
+    return [RecordedStage(**json.loads(line)) for line in recording.read_text().splitlines()]
+
+
+def check_leases(stages: list[RecordedStage]) -> None:
+    """One device a stage, one stage a device at a time, and both devices at work at once."""
+    # Targets and data are the same, so the first two are built once.
+    counts = Counter(stage.stage for stage in stages)
+    assert counts == {"regenerate": 1, "vocabulary": 1, "capture": 1, "train": 3, "export": 3, "benchmark": 3}
+    assert len({stage.pid for stage in stages}) == len(stages)
+    assert all(stage.devices == "" for stage in stages if stage.stage in ("vocabulary", "export"))
+    leased = [stage for stage in stages if stage.stage not in ("vocabulary", "export")]
+    assert {stage.devices for stage in leased} == {"0", "1"}
+    pairs = list(itertools.combinations(leased, 2))
+    assert [pair for pair in pairs if pair[0].devices == pair[1].devices and pair[0].overlaps(pair[1])] == []
+    assert any(one.devices != two.devices and one.overlaps(two) for one, two in pairs)
+
+
+def test_entries_of_a_deployment_run_share_two_gpus_and_never_one(tmp_path: Path, services: Services) -> None:
+    # What the real one prints on such a host. The stages compute on the CPU all the same.
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho '0, GPU-aa, Made-up GPU'\necho '1, GPU-bb, Made-up GPU'\n")
+    program.chmod(0o755)
+    env = {"PATH": f"{program.parent}:{os.environ['PATH']}", "RECORDING_DEVICE": "cpu"}
+    check_leases(run_recorded(tmp_path, services, env))
+
+
+@pytest.mark.gpu
+def test_entries_of_a_deployment_run_share_two_real_gpus(tmp_path: Path, services: Services) -> None:
+    if len(list_gpus(None)) < 2:
+        pytest.skip("needs two GPUs")
+    check_leases(run_recorded(tmp_path, services, {"CUDA_VISIBLE_DEVICES": "0,1"}))
 
 
 def command_of(process: psutil.Process) -> str:
