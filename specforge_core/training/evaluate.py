@@ -44,7 +44,7 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(draft: DraftModel, batches: Iterable[DraftBatch], workers: Workers) -> Evaluation:
-    """The evaluation over the prepared batches of all workers; each worker gives its own share.
+    """The evaluation over the prepared batches of all replicas; each replica gives its own share.
 
     The speculative loop needs no target, because the target's answers are the data. A chain drafted from slot t is
     verified against the tokens that follow; the first wrong one is replaced by the data's, and the next chain starts
@@ -56,7 +56,7 @@ def evaluate(draft: DraftModel, batches: Iterable[DraftBatch], workers: Workers)
     for batch in batches:
         losses = losses.plus(draft(batch))
         accepted = accepted_tokens(draft.greedy_chains(batch, CHAIN_LENGTH), batch).tolist()
-        for answer in answers(batch):
+        for answer in answers(batch) if workers.leads_replica else ():
             num_output_tokens += len(answer)
             num_verify_steps += verify_steps(answer, accepted)
     loop_counts = torch.tensor([num_output_tokens, num_verify_steps], dtype=torch.float64, device=workers.device)

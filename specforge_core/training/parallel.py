@@ -72,7 +72,7 @@ def parallelize(draft: DraftModel, config: TrainingConfig, workers: Workers) -> 
     }
     if tp > 1:
         assert isinstance(draft, Eagle3Draft)
-        _check_splits(draft, config, tp)
+        check_splits(draft, config, tp)
         # Split first by tp, then by rows among those that hold the same part.
         ranks = torch.arange(workers.world_size).view(-1, tp).T
         split = DeviceMesh(device_type, ranks, mesh_dim_names=("tp", "data"))
@@ -97,7 +97,8 @@ def reassemble(draft: DraftModel) -> None:
     draft.peers = Peers()
 
 
-def _check_splits(draft: Eagle3Draft, config: TrainingConfig, tp: int) -> None:
+def check_splits(draft: Eagle3Draft, config: TrainingConfig, tp: int) -> None:
+    """Nothing, if the draft's layer can be split over so many. Raises: ValueError if not."""
     sizes = {
         "KV heads": draft.shape.num_kv_heads,
         "features of the feed-forward": len(draft.midlayer.mlp.up_proj.weight),

@@ -28,11 +28,11 @@ def train_step(
     workers: Workers,
     sharding: Sharding | None = None,
 ) -> StepResult:
-    """One optimizer step over the micro-batches of all workers; each gives its own share, which may be none.
+    """One optimizer step over the micro-batches of all replicas; each gives its own share, which may be none.
 
     Args: optimizers: of `sharding`, or of the draft itself if there is none: then every worker steps everything.
 
-    The loss is a sum until every micro-batch of every worker is in. Then it is divided once, by the number of
+    The loss is a sum until every micro-batch of every replica is in. Then it is divided once, by the number of
     supervised tokens, so that neither packing nor the number of workers changes the gradient. Nothing is read from the
     device, so the host stays ahead of it.
     """

@@ -46,6 +46,11 @@ class Workers(NamedTuple):
         return self.rank // (self.cp * self.tp)
 
     @property
+    def leads_replica(self) -> bool:
+        """Whether this process counts what all processes of its replica have found alike."""
+        return self.rank % (self.cp * self.tp) == 0
+
+    @property
     def is_first(self) -> bool:
         """Whether this process writes what is written once."""
         return self.rank == 0

@@ -75,3 +75,17 @@ def test_a_batch_without_answers_has_no_pass():
     packed = pack([make_document("PPPP", seed=0), make_document("PA", seed=1)])
     index = index_rows(packed.loss_mask_T, packed.document_ids_T, packed.teaching_U, num_steps=3, rows_per_pass=8)
     assert index.passes == ()
+
+
+def test_shares_take_passes_to_and_fro_and_every_row_once():
+    # 16 answer tokens of one document: 15 slots at step 0, in 2 x 2 passes of 4, 4, 4 and 3 rows.
+    mask_T = torch.tensor([False] + [True] * 16)
+    documents_T = torch.zeros(17, dtype=torch.int32)
+    shares = [
+        index_rows(mask_T, documents_T, torch.arange(16), num_steps=2, rows_per_pass=8, share=share, num_shares=2)
+        for share in range(2)
+    ]
+    slots = [[sorted(one.slot_R.tolist()) for one in index.passes] for index in shares]
+    assert slots == [[[0, 1, 2, 3], [12, 13, 14]], [[4, 5, 6, 7], [8, 9, 10, 11]]]
+    assert [index.num_slots for index in shares] == [15, 15]
+    assert shares[0].num_positions == shares[1].num_positions

@@ -1,9 +1,9 @@
 """One training step on several processes, and what each of them is to compare: run by `test_parallel.py`."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch import Tensor
 from specforge_core.drafts.base import DraftBatch
 from specforge_core.drafts.eagle3 import Eagle3Draft
 from specforge_core.manifest_sections import TrainingConfig
+from specforge_core.training.evaluate import evaluate
 from specforge_core.training.optim import build_optimizers
 from specforge_core.training.parallel import parallelize, reassemble
 from specforge_core.training.sharding import as_dtensor
@@ -30,14 +31,13 @@ MAX_GRAD_NORM = 0.05
 """Below every norm here, so that clipping is part of what is compared."""
 
 
-class Mesh(NamedTuple):
+class Case(NamedTuple):
+    """A mesh and an optimizer."""
+
     dp: int = 1
     cp: int = 1
     tp: int = 1
-
-    @property
-    def num_processes(self) -> int:
-        return self.dp * self.cp * self.tp
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
 
 def draft_of_the_cases() -> Eagle3Draft:
@@ -51,10 +51,10 @@ def batches_of_the_cases(step: int) -> list[DraftBatch]:
     ]
 
 
-def trained(mesh: Mesh, rank: int, optimizer: str) -> dict[str, Any]:
+def trained(case: Case, rank: int) -> dict[str, Any]:
     """Losses, norms, gradients of the first step, and weights behind the last, by name; whole tensors."""
-    config = TrainingConfig(optimizer=optimizer, learning_rate=1e-2, betas=(0.9, 0.95))
-    workers = Workers(rank, mesh.num_processes, torch.device("cpu"), cp=mesh.cp, tp=mesh.tp)
+    config = TrainingConfig(optimizer=case.optimizer, learning_rate=1e-2)
+    workers = Workers(rank, case.dp * case.cp * case.tp, torch.device("cpu"), case.cp, case.tp)
     draft = draft_of_the_cases()
     sharding = parallelize(draft, config, workers)
     optimizers = build_optimizers(sharding, config)
@@ -71,6 +71,10 @@ def trained(mesh: Mesh, rank: int, optimizer: str) -> dict[str, Any]:
             found[f"step {step} {piece.name}"] = whole(as_dtensor(piece, piece.shard)).clone()
     for name, fields in sharding.state(optimizers)["state"].items():
         found |= {f"{field} of {name}": whole(value).clone() for field, value in fields.items()}
+    batches = batches_of_the_cases(0)[workers.replica :: workers.num_replicas]
+    losses, *counts = evaluate(draft, [draft.prepare(batch) for batch in batches], workers)
+    found |= {f"evaluated {name}": value for name, value in losses._asdict().items()}
+    found |= {"output tokens": torch.tensor(counts[0]), "verify steps": torch.tensor(counts[1])}
     reassemble(draft)
     assert draft.shape == draft_of_the_cases().shape
     found |= {f"exported {name}": tensor.double() for name, tensor in draft.serving_state_dict().items()}
@@ -96,10 +100,10 @@ def on_processes(num_processes: int, work: Callable[[int], Any], directory: Path
     return [torch.load(directory / f"{rank}.pt") for rank in range(num_processes)]
 
 
-def trained_on(mesh: Mesh, optimizer: str, directory: Path) -> list[dict[str, Any]]:
-    """`trained` in each process of the mesh."""
-    return on_processes(mesh.num_processes, functools.partial(_trained_as, mesh, optimizer), directory)
+def trained_on(num_processes: int, cases: Sequence[Case], directory: Path) -> list[list[dict[str, Any]]]:
+    """What `trained` gives for each case, by process; processes are started once, which takes the most time."""
+    return on_processes(num_processes, functools.partial(_trained, cases), directory)
 
 
-def _trained_as(mesh: Mesh, optimizer: str, rank: int) -> dict[str, Any]:
-    return trained(mesh, rank, optimizer)
+def _trained(cases: Sequence[Case], rank: int) -> list[dict[str, Any]]:
+    return [trained(case, rank) for case in cases]
