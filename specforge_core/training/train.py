@@ -6,6 +6,7 @@
 One process, or several under torchrun that share each step's micro-batches; gloo on CPUs, NCCL on GPUs.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch.optim import Optimizer
 
 from specforge_core.artifacts import METRICS_NAME, PROGRESS_DIRECTORY, write_atomically
-from specforge_core.data.loader import FeatureSet, plan_steps, rank_share
+from specforge_core.data.loader import DocumentSet, FeatureSet, plan_steps, rank_share
 from specforge_core.data.shards import load_index, load_target_config, load_target_head
 from specforge_core.data.vocab import load_vocabulary
 from specforge_core.drafts import ALGORITHMS
@@ -59,7 +60,7 @@ class Run(NamedTuple):
 
     config: TrainingConfig
     draft: DraftModel
-    features: FeatureSet
+    features: DocumentSet
     plan: Plan
     workers: Workers
 
@@ -69,9 +70,8 @@ def main(spec: TrainSpec, out: Path) -> DraftCheckpoint:
 
     Raises: ValueError for sizes that do not fit together, FloatingPointError if the loss diverges.
     """
-    with join_workers(spec.device) as workers:
+    with join_workers(spec.device) as workers, open_features(spec, out, workers) as features:
         check_float8(spec.training, workers.device)
-        features = FeatureSet(spec.hidden_states, max_document_tokens=spec.training.max_document_tokens)
         plan = plan_training(features, spec.training, workers.num_replicas)
         draft = create_draft(spec).to(workers.device)
         draft.compute_dtype = workers.compute_dtype
@@ -93,6 +93,19 @@ def main(spec: TrainSpec, out: Path) -> DraftCheckpoint:
     )
 
 
+@contextlib.contextmanager
+def open_features(spec: TrainSpec, out: Path, workers: Workers) -> Iterator[DocumentSet]:
+    """The documents to train on, whose features are stored, or made while the block runs."""
+    if spec.live is None:
+        yield FeatureSet(spec.hidden_states, max_document_tokens=spec.training.max_document_tokens)
+        return
+    # Brings what runs the target, which takes seconds to import.
+    from specforge_core.training.live import live_features
+
+    with live_features(spec, out, workers) as features:
+        yield features
+
+
 def check_float8(config: TrainingConfig, device: torch.device) -> None:
     """Nothing, if the device can train so. Raises: ValueError for float8 products that it has no matrix units for."""
     if config.float8_matmuls and not multiplies_float8(device):
@@ -103,7 +116,7 @@ def check_float8(config: TrainingConfig, device: torch.device) -> None:
         )
 
 
-def plan_training(features: FeatureSet, config: TrainingConfig, num_processes: int) -> Plan:
+def plan_training(features: DocumentSet, config: TrainingConfig, num_processes: int) -> Plan:
     """The whole run, planned before anything is read. Raises: ValueError if a process would have nothing to do."""
     budget = config.tokens_per_micro_batch
     per_step = config.tokens_per_batch // budget
@@ -168,6 +181,7 @@ def take_steps(
     num_steps = len(plan.steps)
     step_tokens = [sum(features.lengths[i] for batch in step for i in batch) for step in plan.steps]
     shares = [rank_share(step, workers.replica, workers.num_replicas) for step in plan.steps]
+    features.begin(plan.steps, state.step)
     batches = prepared_batches(draft, features, (batch for share in shares[state.step :] for batch in share), workers)
     evaluate_at = milestones(num_steps, config.evals_per_run)
     # Every evaluation is a checkpoint, so that the best one can be gone back to.
@@ -189,7 +203,7 @@ def take_steps(
             meter.add(losses, step_tokens[step])
             if state.step not in report_at:
                 continue
-            metrics = meter.metrics(factor * config.learning_rate, grad_norm)
+            metrics = meter.metrics(factor * config.learning_rate, grad_norm) | features.metrics()
             bar.set_postfix(loss=f"{metrics['train/loss']:.3f}", refresh=False)
             if state.step in evaluate_at:
                 evaluation = evaluate(draft, eval_batches(draft, features, plan, workers), workers)
@@ -205,13 +219,13 @@ def take_steps(
 
 
 def prepared_batches(
-    draft: DraftModel, features: FeatureSet, micro_batches: Iterable[Sequence[int]], workers: Workers
+    draft: DraftModel, features: DocumentSet, micro_batches: Iterable[Sequence[int]], workers: Workers
 ) -> Iterator[DraftBatch]:
     """The micro-batches of a plan on this worker's device, ready for the draft."""
     stored = features.batches(micro_batches, prepare=draft.prepare, pin_memory=workers.device.type == "cuda")
     return device_batches(stored, workers.device)
 
 
-def eval_batches(draft: DraftModel, features: FeatureSet, plan: Plan, workers: Workers) -> Iterator[DraftBatch]:
+def eval_batches(draft: DraftModel, features: DocumentSet, plan: Plan, workers: Workers) -> Iterator[DraftBatch]:
     """This worker's share of the held-out documents."""
     return prepared_batches(draft, features, rank_share(plan.eval, workers.replica, workers.num_replicas), workers)

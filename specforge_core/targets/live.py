@@ -1,0 +1,147 @@
+"""Features made while a training runs: a process over the target, which fills the spool that the trainer empties.
+
+`python -m specforge_core.targets.live --spec SPEC --spool DIR --out DIR`, where SPEC is the trainer's own spec and DIR
+holds what is wanted, as a `Request`. An item of the spool is a shard (`data/shards.py`) with the documents of one
+micro-batch. In process each item is computed for itself: its bytes do not depend on where a producer went on.
+"""
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from specforge_core.benchmark.server import gpu_groups
+from specforge_core.benchmark.server_flags import target_options
+from specforge_core.benchmark.stage_servers import stage_servers
+from specforge_core.data.shards import Document, FeatureIndex, FeatureWriter, load_index
+from specforge_core.data.spool import Order, SpoolWriter
+from specforge_core.facts import Record
+from specforge_core.gpus import visible_devices
+from specforge_core.progress import progress
+from specforge_core.stages import USER_ERROR_STATUS, LiveSource, TrainSpec
+from specforge_core.targets import TargetFeatures
+from specforge_core.targets.capture import capture_request, refuse_longer, supervised_documents
+from specforge_core.targets.handover import Handover, Layout, Traffic, captured
+from specforge_core.targets.hf import HFTarget
+
+logger = logging.getLogger(__name__)
+
+REQUEST_NAME = "request.json"
+
+FeaturesOf = Callable[[Sequence[Document]], Iterable[TargetFeatures]]
+"""Of the documents of the next item."""
+
+
+class Request(Record):
+    """What a trainer wants, in its order."""
+
+    order: Order
+    micro_batches: tuple[tuple[int, ...], ...]
+    """By item: numbers of documents, counted over the `supervised_documents`."""
+
+
+def load_documents(conversations: Path, max_tokens: int) -> list[Document]:
+    """All that a training reads, to be picked from in any order; token ids as int32, 5 bytes a token in all."""
+    documents = supervised_documents(conversations, max_tokens)
+    return [document._replace(input_ids_T=document.input_ids_T.int()) for document in documents]
+
+
+def produce(spec: TrainSpec, spool: Path, out: Path) -> None:
+    """Make all that is wanted and neither there nor done with. Args: out: folder for what servers log."""
+    live = spec.live
+    assert live is not None
+    assert spec.conversations is not None
+    request = Request.model_validate_json((spool / REQUEST_NAME).read_text(encoding="utf-8"))
+    index = load_index(spec.hidden_states).model_copy(update={"shards": ()})
+    documents = load_documents(spec.conversations, spec.training.max_document_tokens)
+    writer = SpoolWriter(spool, request.order, max_bytes=int(live.buffer_gib * 2**30))
+    numbers = writer.to_make()
+    if not numbers:
+        return
+    first = request.order.first
+    items = [[documents[i] for i in request.micro_batches[number - first]] for number in numbers]
+    item_tokens = [sum(len(document.input_ids_T) for document in item) for item in items]
+    shards = FeatureWriter(spool, index)
+    with (
+        features_in_order(spec, live, index, items, out) as features_of,
+        progress(desc="produce", total=sum(item_tokens), unit="token") as bar,
+    ):
+        for number, item, num_tokens in zip(numbers, items, item_tokens, strict=True):
+            writer.wait_for_room()
+            filled = shards.fill(number, item, features_of(item))
+            writer.add(number, filled.partial, num_tokens=num_tokens)
+            bar.update(num_tokens)
+
+
+@contextmanager
+def features_in_order(
+    spec: TrainSpec, live: LiveSource, index: FeatureIndex, items: Sequence[Sequence[Document]], out: Path
+) -> Iterator[FeaturesOf]:
+    """What gives the features of one item after the other."""
+    if live.engine.name == "sglang":
+        layout = Layout(index.layers, index.hidden_size, getattr(torch, spec.target.dtype))
+        documents = [document for item in items for document in item]
+        with served_features(spec, live, layout, documents, out) as stream:
+            yield lambda item: islice(stream, len(item))
+        return
+    target = HFTarget(spec.target, device=spec.device)
+    yield lambda item: target.capture(map(capture_request, item), index.layers, batch_tokens=live.batch_tokens)
+
+
+@contextmanager
+def served_features(
+    spec: TrainSpec, live: LiveSource, layout: Layout, documents: Sequence[Document], out: Path
+) -> Iterator[Iterator[TargetFeatures]]:
+    """Features of these documents in order, from servers on all GPUs that this process sees, which work ahead."""
+    engine = live.engine
+    longest = max(len(document.input_ids_T) for document in documents)
+    num_servers = len(gpu_groups(visible_devices(), engine.tensor_parallel))
+    with Handover(layout, Traffic(longest, live.batch_tokens, num_servers), fallback=out) as handover:
+        options = {
+            **target_options(
+                spec.target,
+                tensor_parallel=engine.tensor_parallel,
+                max_running_requests=engine.max_running_requests,
+                mem_fraction_static=engine.mem_fraction_static,
+            ),
+            **handover.options,
+        }
+        with (
+            stage_servers(
+                engine, options, name="features", directory=out, environment=handover.environment, allow_urls=False
+            ) as servers,
+            closing(captured(handover, servers, map(capture_request, documents))) as stream,
+        ):
+            refuse_longer(servers, longest)
+            yield stream
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0 once everything was made, 2 for what a user must change first, 1 for all else."""
+    parser = argparse.ArgumentParser(prog="python -m specforge_core.targets.live", description=__doc__)
+    parser.add_argument("--spec", type=Path, required=True, help="JSON of the trainer's spec")
+    parser.add_argument("--spool", type=Path, required=True, help="folder of the spool, with the request")
+    parser.add_argument("--out", type=Path, required=True, help="folder for what servers log")
+    args = parser.parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stdout,
+    )
+    try:
+        produce(TrainSpec.model_validate_json(args.spec.read_text(encoding="utf-8")), args.spool, args.out)
+    except ValueError:
+        traceback.print_exc()
+        return USER_ERROR_STATUS
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
