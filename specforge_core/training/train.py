@@ -33,7 +33,7 @@ from specforge_core.training.checkpoint import Checkpointer, TrainingState, load
 from specforge_core.training.evaluate import Evaluation, evaluate
 from specforge_core.training.metrics import Meter, append_metrics, drop_metrics_after, milestones
 from specforge_core.training.optim import build_optimizers, learning_rate_factor, set_learning_rate
-from specforge_core.training.parallel import parallelize
+from specforge_core.training.parallel import parallelize, reassemble
 from specforge_core.training.prefetch import device_batches
 from specforge_core.training.sharding import Sharding
 from specforge_core.training.step import train_step
@@ -70,13 +70,14 @@ def main(spec: TrainSpec, out: Path) -> DraftCheckpoint:
 
     Raises: ValueError for sizes that do not fit together, FloatingPointError if the loss diverges.
     """
-    with join_workers(spec.device) as workers, open_features(spec, out, workers) as features:
+    with join_workers(spec.device, spec.training.parallel) as workers, open_features(spec, out, workers) as features:
         check_float8(spec.training, workers.device)
         plan = plan_training(features, spec.training, workers.num_replicas)
         draft = create_draft(spec).to(workers.device)
         draft.compute_dtype = workers.compute_dtype
         draft.float8_matmuls = spec.training.float8_matmuls
         state, evaluation = train(Run(spec.training, draft, features, plan, workers), out, spec.key())
+        reassemble(draft)
         if workers.is_first:
             save_file(draft.serving_state_dict(), out / DRAFT_NAME)
             write_atomically(out / DRAFT_CONFIG_NAME, json.dumps(draft.serving_config(), indent=1) + "\n")

@@ -14,7 +14,6 @@ from specforge_core.stages import TrainSpec
 from specforge_core.training.checkpoint import Checkpointer, TrainingState
 from specforge_core.training.train import Run, create_draft, plan_training, train
 from specforge_core.training.workers import Workers
-from tests.training.parallel_cases import Mesh
 
 
 class Training(NamedTuple):
@@ -23,9 +22,9 @@ class Training(NamedTuple):
     """The step of a checkpoint; none: it runs to its end."""
 
 
-def train_all(spec: TrainSpec, mesh: Mesh, trainings: Sequence[Training], rank: int = 0) -> None:
-    """Run trainings one after the other on this process of the mesh, each on from what is in its folder."""
-    workers = Workers(rank, mesh.num_processes, torch.device("cpu"), cp=mesh.cp, tp=mesh.tp)
+def train_all(spec: TrainSpec, num_processes: int, trainings: Sequence[Training], rank: int = 0) -> None:
+    """Run trainings one after the other on this one of the processes, each on from what is in its folder."""
+    workers = Workers(rank, num_processes, torch.device("cpu")).arranged(spec.training.parallel)
     for training in trainings:
         training.out.mkdir(exist_ok=True)
         features = FeatureSet(spec.hidden_states)

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from specforge_core.data.loader import FeatureSet, rank_share
+from specforge_core.manifest_sections import ParallelConfig
 from specforge_core.stages import TrainSpec
 from specforge_core.training.train import plan_training
 from tests.training.factory import make_spec
 from tests.training.float64_training import Training, curve, train_all
-from tests.training.parallel_cases import Mesh, on_processes
+from tests.training.parallel_cases import on_processes
 
 STOP_AT = 4
-ALONE = Mesh()
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def spec(inputs: Path) -> TrainSpec:
 def alone(spec: TrainSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`whole`: a training of one process. `stopped`: the same, stopped on its way."""
     directory = tmp_path_factory.mktemp("alone")
-    train_all(spec, ALONE, [Training(directory / "whole"), Training(directory / "stopped", STOP_AT)])
+    train_all(spec, 1, [Training(directory / "whole"), Training(directory / "stopped", STOP_AT)])
     return directory
 
 
@@ -39,16 +39,19 @@ def assert_same_curve(out: Path, expected: Path) -> None:
         assert line == pytest.approx(expected_line, rel=1e-10, abs=1e-12)
 
 
-def assert_goes_on_in_both_directions(spec: TrainSpec, mesh: Mesh, alone: Path, directory: Path) -> None:
+def assert_goes_on_in_both_directions(
+    spec: TrainSpec, num_processes: int, parallel: ParallelConfig, alone: Path, directory: Path
+) -> None:
     shutil.copytree(alone / "stopped", directory / "begun alone")
     trainings = [
         Training(directory / "whole"),
         Training(directory / "begun alone"),
         Training(directory / "begun on many", STOP_AT),
     ]
-    on_processes(mesh.num_processes, functools.partial(train_all, spec, mesh, trainings), directory)
+    on_many = spec.model_copy(update={"training": spec.training.model_copy(update={"parallel": parallel})})
+    on_processes(num_processes, functools.partial(train_all, on_many, num_processes, trainings), directory)
     assert len(curve(directory / "begun on many")) == STOP_AT
-    train_all(spec, ALONE, [Training(directory / "begun on many")])
+    train_all(spec, 1, [Training(directory / "begun on many")])
     for training in trainings:
         assert_same_curve(training.out, alone / "whole")
 
@@ -65,12 +68,22 @@ def test_the_shares_of_these_processes_are_uneven(spec: TrainSpec, alone: Path):
 def test_two_processes_train_what_one_trains_and_go_on_from_its_checkpoint_and_it_from_theirs(
     spec: TrainSpec, alone: Path, tmp_path: Path
 ):
-    assert_goes_on_in_both_directions(spec, Mesh(dp=2), alone, tmp_path)
+    assert_goes_on_in_both_directions(spec, 2, ParallelConfig(), alone, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [Mesh(dp=4), Mesh(cp=2), Mesh(tp=2), Mesh(dp=2, tp=2)], ids=str)
+@pytest.mark.parametrize(
+    ("num_processes", "parallel"),
+    [
+        (4, ParallelConfig()),
+        (2, ParallelConfig(cp=2)),
+        (2, ParallelConfig(tp=2)),
+        (4, ParallelConfig(cp=2)),
+        (4, ParallelConfig(tp=2)),
+    ],
+    ids=["dp 4", "cp 2", "tp 2", "dp 2 cp 2", "dp 2 tp 2"],
+)
 def test_every_mesh_trains_what_one_process_trains_and_each_goes_on_from_the_other(
-    mesh: Mesh, spec: TrainSpec, alone: Path, tmp_path: Path
+    num_processes: int, parallel: ParallelConfig, spec: TrainSpec, alone: Path, tmp_path: Path
 ):
-    assert_goes_on_in_both_directions(spec, mesh, alone, tmp_path)
+    assert_goes_on_in_both_directions(spec, num_processes, parallel, alone, tmp_path)
