@@ -135,6 +135,7 @@ def target_folder(tmp_path: Path) -> Path:
     return tiny.make_talkative_target(tmp_path / "target")
 
 
+@pytest.mark.slow
 def test_the_program_measures_both_stages_and_writes_a_typed_report(
     target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,7 +136,7 @@ def test_a_broken_backend_is_not_asked_for_every_row(tmp_path: Path) -> None:
         raise OSError("no route to the server")
 
     spec = make_spec(write_rows(tmp_path / "p.jsonl", [{"prompt": str(i)} for i in range(1000)]), batch_size=50)
-    with pytest.raises(RuntimeError, match="failed 33 requests and answered 0; .*OSError: no route to the server"):
+    with pytest.raises(RuntimeError, match=r"failed 33 requests and answered 0; .*OSError: no route to the server"):
         regenerate(spec, ScriptedTarget(answer), TOKENIZER, tmp_path)
     assert num_calls == 1 + 33
 

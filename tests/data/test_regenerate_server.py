@@ -108,6 +108,7 @@ def test_a_server_that_breaks_costs_nothing_but_time(
     assert num_starts == 1 + fault.get("num_faulty_starts", 0)
 
 
+@pytest.mark.slow
 def test_a_stage_killed_without_warning_goes_on_and_gives_what_an_undisturbed_one_gives(
     served_spec: RegenerateSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,8 +26,8 @@ class Behaviour:
     step_delay_s: float = 0.0
     """Pause per pass of the target, so that a draft saves time."""
     journal: str | None = None
-    """File that gets a JSON line for each start (`argv`, `pid`), each `/generate` answered (`rid`, `pid`) and each flush
-    of the cache (`pid`)."""
+    """File that gets a JSON line for each start (`argv`, `pid`), each `/generate` answered (`rid`, `pid`) and each
+    flush of the cache (`pid`)."""
     num_good_starts: int = 0
     num_faulty_starts: int | None = None
     """So many starts, counted in the journal, have none of the faults below; then so many have them (None: all)."""

@@ -147,6 +147,7 @@ def test_conversations_without_any_answer_are_refused(tmp_path: Path, tiny_targe
         capture.main(make_spec(tiny_target, conversations, max_document_tokens=20), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_an_undisturbed_one(
     tmp_path: Path, tiny_target: ResolvedTarget
 ):

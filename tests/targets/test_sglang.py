@@ -35,6 +35,7 @@ def talkative(tmp_path_factory: pytest.TempPathFactory) -> ResolvedTarget:
     return tiny.resolved(tiny.make_talkative_target(tmp_path_factory.mktemp("talkative")))
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_those_of_the_target_in_process(talkative: ResolvedTarget, tmp_path: Path) -> None:
     # The target's context has 512 tokens: the last prompts leave room for 12 and 1.
     prompts = [[i, 2 * i, 3] for i in range(12)] + [[7] * 500, [7] * 511]
