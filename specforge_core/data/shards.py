@@ -14,9 +14,8 @@ T tokens of a shard or of a document, U teaching tokens of it, L captured layers
 """
 
 import json
-import os
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from specforge_core.artifacts import PARTIAL_SUFFIX, file_sha256, write_atomically
 from specforge_core.data.float8 import quantised
-from specforge_core.data.packed_file import PackedFile, Rows
+from specforge_core.data.packed_file import Follower, PackedFile, Rows
 from specforge_core.drafts.base import TargetHead
 from specforge_core.drafts.rows import is_teaching
 from specforge_core.facts import Record
@@ -46,7 +45,9 @@ IDS_KEY = "document_ids"
 TOKEN_OFFSETS = "document_offsets"
 TEACHING_OFFSETS = "teaching_offsets"
 NUM_COPIERS = 3
-"""Threads that write to one shard, and documents that wait for them."""
+"""Threads that write to one shard, and batches that wait for them."""
+WRITE_TOKENS = 1024
+"""Of a batch: so many documents are written at once. A longer one is a batch of its own."""
 
 
 class ShardRecord(Record):
@@ -101,6 +102,8 @@ class StoredDocument(NamedTuple):
     """float32 [U]; the same for `last_hidden`."""
 
 
+FIRST_TENSOR = "aux_hidden"
+"""In the file, behind the offsets."""
 OVER_TEACHING = frozenset({"last_hidden", "target_argmax", "target_logsumexp", "last_scale"})
 """Of `StoredDocument`: those over teaching tokens; the others are over all tokens."""
 
@@ -119,10 +122,21 @@ def plan_shards(lengths: Sequence[int], tokens_per_shard: int) -> list[range]:
     return shards
 
 
+class _Batch(NamedTuple):
+    """Consecutive documents of a shard, by field of `StoredDocument`."""
+
+    parts: dict[str, list[Tensor]]
+    tokens: range
+    """In the shard."""
+    teaching: range
+
+
 class FilledShard(NamedTuple):
     """A shard that the kernel has, but maybe not yet the disk."""
 
     number: int
+    follower: Follower | None
+    """None: it is hashed later."""
     partial: Path
     num_documents: int
     num_tokens: int
@@ -148,48 +162,54 @@ class FeatureWriter:
         """The record of a new shard of these documents, once it is safe on disk; `features` in the same order."""
         return self.finish(self.fill(len(self.index.shards), documents, features))
 
-    def fill(self, number: int, documents: Sequence[Document], features: Iterable[TargetFeatures]) -> FilledShard:
-        """Shard number `number`, to be finished. Each document's features are let go of as soon as they are written."""
+    def fill(
+        self,
+        number: int,
+        documents: Sequence[Document],
+        features: Iterable[TargetFeatures],
+        *,
+        is_followed: bool = False,
+    ) -> FilledShard:
+        """Shard number `number`, to be finished. Each document's features are let go of as soon as they are written.
+
+        Args: is_followed: whether it is hashed meanwhile, so that `finish` has little left to do.
+        """
         token_offsets = _offsets(len(document.input_ids_T) for document in documents)
         teaching_offsets = _offsets(int(teaching_in_document(document.loss_mask_T).sum()) for document in documents)
-        places = zip(documents, pairwise(token_offsets.tolist()), pairwise(teaching_offsets.tolist()), strict=True)
+        offsets = {TOKEN_OFFSETS: token_offsets, TEACHING_OFFSETS: teaching_offsets}
         partial = self.directory / f".{_shard_name(number)}{PARTIAL_SUFFIX}"
         metadata = {IDS_KEY: json.dumps([document.id for document in documents])}
-        pending: deque[Future[None]] = deque()
+        pending: deque[tuple[Future[None], int]] = deque()
+        file = follower = None
         # The copiers end before their file is closed.
         with _removed_on_error(partial), ExitStack() as stack, ThreadPoolExecutor(NUM_COPIERS) as pool:
-            file = None
-            for (document, tokens, teaching), captured in zip(places, features, strict=True):
-                parts = _encoded(document, captured, self.index.dtype)
+            for batch in _batches(documents, features, self.index.dtype):
                 if file is None:
-                    offsets = {TOKEN_OFFSETS: token_offsets, TEACHING_OFFSETS: teaching_offsets}
-                    file = stack.enter_context(PackedFile(partial, _tensors(parts, offsets), metadata))
+                    file = stack.enter_context(PackedFile(partial, _tensors(batch.parts, offsets), metadata))
                     for name, tensor in offsets.items():
-                        file.write(name, 0, tensor)
-                for name, part in parts.items():
-                    start, stop = teaching if name in OVER_TEACHING else tokens
-                    assert len(part) == stop - start, (
-                        f"{document.id}: {len(part)} rows of {name} for {stop - start} tokens"
-                    )
-                pending.append(pool.submit(_write_parts, file, parts, tokens[0], teaching[0]))
+                        file.write(name, 0, [tensor])
+                    follower = Follower(partial) if is_followed else None
+                pending.append((pool.submit(_write_batch, file, batch), file.place(FIRST_TENSOR, batch.tokens.stop)))
+                # Of documents that are on their way to the disk only the copier still has the features.
+                del batch
                 if len(pending) > NUM_COPIERS:
-                    pending.popleft().result()
-                # Of a document that is on its way to the disk only the copier still has the features.
-                del captured, parts
-            for copied in pending:
-                copied.result()
+                    written, end = pending.popleft()
+                    written.result()
+                    if follower is not None:
+                        follower.advance(end)
+            for written, _ in pending:
+                written.result()
         num_loss_tokens = sum(int(document.loss_mask_T.sum()) for document in documents)
-        return FilledShard(number, partial, len(documents), int(token_offsets[-1]), num_loss_tokens)
+        return FilledShard(number, follower, partial, len(documents), int(token_offsets[-1]), num_loss_tokens)
 
     def finish(self, filled: FilledShard) -> ShardRecord:
         """The record of the shard, safe on disk. Threads may finish several at once, in any order."""
-        with filled.partial.open("rb") as file:
-            os.fsync(file.fileno())
+        sha256 = (filled.follower or Follower(filled.partial)).finish()
         path = self.directory / _shard_name(filled.number)
         record = ShardRecord(
             name=path.name,
             size_bytes=filled.partial.stat().st_size,
-            sha256=file_sha256(filled.partial),
+            sha256=sha256,
             num_documents=filled.num_documents,
             num_tokens=filled.num_tokens,
             num_loss_tokens=filled.num_loss_tokens,
@@ -307,18 +327,45 @@ def _removed_on_error(path: Path) -> Iterator[None]:
         raise
 
 
-def _tensors(parts: Mapping[str, Tensor], offsets: Mapping[str, Tensor]) -> dict[str, Rows]:
-    """What a shard's tensors will be, by the parts of one of its documents."""
+def _tensors(parts: Mapping[str, Sequence[Tensor]], offsets: Mapping[str, Tensor]) -> dict[str, Rows]:
+    """What a shard's tensors will be, in its order, by the parts of some of its documents.
+
+    What is known is first, then the largest one: the file is written from its front as long as documents come. So each
+    tensor also lies where its elements are aligned.
+    """
     num_tokens, num_teaching = (int(offsets[name][-1]) for name in (TOKEN_OFFSETS, TEACHING_OFFSETS))
     whole = {name: Rows(len(tensor), (), tensor.dtype) for name, tensor in offsets.items()}
-    for name, part in parts.items():
-        whole[name] = Rows(num_teaching if name in OVER_TEACHING else num_tokens, tuple(part.shape[1:]), part.dtype)
+    rows = {name: (tuple(tensors[0].shape[1:]), tensors[0].dtype) for name, tensors in parts.items()}
+    for name in sorted(rows, key=lambda name: (name != FIRST_TENSOR, name != "last_hidden", -rows[name][1].itemsize)):
+        whole[name] = Rows(num_teaching if name in OVER_TEACHING else num_tokens, *rows[name])
     return whole
 
 
-def _write_parts(file: PackedFile, parts: Mapping[str, Tensor], token: int, teaching: int) -> None:
-    for name, part in parts.items():
-        file.write(name, teaching if name in OVER_TEACHING else token, part)
+def _batches(
+    documents: Sequence[Document], features: Iterable[TargetFeatures], dtype: FeatureDtype
+) -> Iterator[_Batch]:
+    """All documents, in batches."""
+    parts: defaultdict[str, list[Tensor]] = defaultdict(list)
+    tokens = teaching = range(0)
+    for document, captured in zip(documents, features, strict=True):
+        num_tokens, num_teaching = len(document.input_ids_T), int(teaching_in_document(document.loss_mask_T).sum())
+        if tokens and len(tokens) + num_tokens > WRITE_TOKENS:
+            yield _Batch(parts, tokens, teaching)
+            parts, tokens, teaching = defaultdict(list), tokens[len(tokens) :], teaching[len(teaching) :]
+        for name, part in _encoded(document, captured, dtype).items():
+            expected = num_teaching if name in OVER_TEACHING else num_tokens
+            assert len(part) == expected, f"{document.id}: {len(part)} rows of {name} for {expected} tokens"
+            parts[name].append(part)
+        tokens = range(tokens.start, tokens.stop + num_tokens)
+        teaching = range(teaching.start, teaching.stop + num_teaching)
+        # While the next ones are awaited only the batch has the features.
+        del captured, part
+    yield _Batch(parts, tokens, teaching)
+
+
+def _write_batch(file: PackedFile, batch: _Batch) -> None:
+    for name, parts in batch.parts.items():
+        file.write(name, (batch.teaching if name in OVER_TEACHING else batch.tokens).start, parts)
 
 
 def _offsets(lengths: Iterable[int]) -> Tensor:

@@ -98,7 +98,7 @@ def write_shards(
     ):
         for number, planned in enumerate(todo, len(writer.index.shards)):
             batch = list(islice(documents, len(planned)))
-            filled = writer.fill(number, batch, _counted(features_of(batch), bar))
+            filled = writer.fill(number, batch, _counted(features_of(batch), bar), is_followed=True)
             unfinished.append(pool.submit(writer.finish, filled))
             while unfinished and (len(unfinished) > MAX_UNFINISHED or unfinished[0].done()):
                 unfinished.popleft().result()

@@ -49,8 +49,8 @@ MAX_REQUESTS = 256
 """In flight for each server, however short they are."""
 ROOM_SHARE = 0.8
 """Of the free space; others write there too."""
-HELD_DOCUMENTS = NUM_COPIERS + 1
-"""No more in flight, but still mapped: a shard is being filled with them."""
+HELD_BATCHES = NUM_COPIERS + 2
+"""Of documents that are no more in flight, but still mapped: they are written to a shard, and one is gathered."""
 WAIT_S = 30.0
 """For the files of a request that has been answered."""
 POLL_S = 0.002
@@ -85,10 +85,10 @@ class Traffic(NamedTuple):
         """At most, with memory in the folder while so many are in flight.
 
         The memory of a forward is one piece, so more is held than is in flight: one forward of each server that is read
-        in part, and those of the documents on their way to a shard.
+        in part, and those of what is on its way to a shard.
         """
         forward_tokens = min(self.forward_tokens, in_flight_tokens)
-        return in_flight_tokens + (self.num_servers + HELD_DOCUMENTS) * forward_tokens
+        return in_flight_tokens + (self.num_servers + HELD_BATCHES) * forward_tokens
 
 
 class _Room(NamedTuple):

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from specforge_core.data import packed_file, shards
 from specforge_core.data.shards import (
     Document,
     FeatureWriter,
@@ -112,6 +114,36 @@ def test_float8_features_are_stored_with_a_scale_for_each_vector(tmp_path: Path)
     assert stored.aux_scale[0, 0] == 1.0
     assert stored.last_hidden.float().tolist() == [[448.0, 0.0, 0.0, -2.0]]
     assert stored.last_scale.tolist() == [0.5]
+
+
+@pytest.mark.parametrize("is_followed", [False, True])
+def test_the_record_has_the_sha256_of_the_file_whether_it_is_hashed_as_it_grows_or_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_followed: bool
+) -> None:
+    monkeypatch.setattr(packed_file, "HASH_BLOCK_BYTES", 100)
+    monkeypatch.setattr(packed_file, "SYNC_BYTES", 50)
+    # Two documents of 6 tokens or one of 20 are written at once.
+    monkeypatch.setattr(shards, "WRITE_TOKENS", 12)
+    lengths = (6, 6, 20, 1, 3, 5, 6, 6, 6, 6)
+    documents = [make_document(i, length) for i, length in enumerate(lengths)]
+    features = (make_features(i, length) for i, length in enumerate(lengths))
+    writer = FeatureWriter(tmp_path, INDEX)
+    record = writer.finish(writer.fill(0, documents, features, is_followed=is_followed))
+    content = (tmp_path / record.name).read_bytes()
+    assert (record.sha256, record.size_bytes) == (hashlib.sha256(content).hexdigest(), len(content))
+    stored = Shard(tmp_path / record.name)
+    for i, length in enumerate(lengths):
+        assert torch.equal(stored.read(i, length).aux_hidden, make_features(i, length).aux_hidden_TLD.bfloat16())
+        assert torch.equal(stored.read(i, length).last_hidden, make_features(i, length).last_hidden_UD.bfloat16())
+
+
+def test_a_file_is_written_from_its_front_while_documents_come(tmp_path: Path) -> None:
+    write_features(tmp_path, LENGTHS, tokens_per_shard=1000)
+    with (tmp_path / "shard-00000.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    begins = {name: entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+    in_order = sorted(begins, key=begins.__getitem__)
+    assert in_order[:4] == ["document_offsets", "teaching_offsets", "aux_hidden", "last_hidden"]
 
 
 @pytest.mark.gpu

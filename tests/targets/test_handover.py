@@ -21,7 +21,7 @@ LAYOUT = Layout((1, 3, 4), 64, torch.bfloat16)
 TOKEN_BYTES = (3 + 1) * 64 * 2 + 4 + 4
 TRAFFIC = Traffic(max_document_tokens=100, batch_tokens=400, num_servers=2)
 BEST = 6 * 2 * 400
-"""Tokens in flight: six forwards of each server. One more of each and those of four documents are held beside them."""
+"""Tokens in flight: six forwards of each server. One more of each and of five batches are held beside them."""
 Usage = namedtuple("Usage", "free")
 
 
@@ -37,12 +37,12 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
 @pytest.mark.parametrize(
     ("memory_tokens", "disk_tokens", "in_memory", "in_flight"),
     [
-        (BEST + 6 * 400, 0, True, BEST),
-        (BEST + 6 * 400 - 1, BEST + 6 * 400, False, BEST),
-        (BEST + 6 * 400 - 1, BEST + 6 * 400 - 1, True, BEST // 2),
+        (BEST + 7 * 400, 0, True, BEST),
+        (BEST + 7 * 400 - 1, BEST + 7 * 400, False, BEST),
+        (BEST + 7 * 400 - 1, BEST + 7 * 400 - 1, True, BEST // 2),
         # No forward has more tokens than are in flight.
-        (7 * 100, 7 * 150, False, 150),
-        (7 * 100, 0, True, 100),
+        (8 * 100, 8 * 150, False, 150),
+        (8 * 100, 0, True, 100),
     ],
 )
 def test_files_lie_in_memory_if_there_is_room_and_are_fewer_where_there_is_little(
@@ -67,9 +67,9 @@ def test_a_document_without_room_anywhere_is_refused_with_the_numbers(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2**28))
     layout, traffic = Layout((1, 3, 4), 8192, torch.bfloat16), Traffic(8192, 8192, 1)
-    # Six forwards of 8,192 tokens with 4 x 8,192 values of bf16 each.
+    # Seven forwards of 8,192 tokens with 4 x 8,192 values of bf16 each.
     message = (
-        r"take 3.00 GiB on their way, but .*memory has 0.20 GiB, .*disk has 0.20 GiB to use: .*max_document_tokens"
+        r"take 3.50 GiB on their way, but .*memory has 0.20 GiB, .*disk has 0.20 GiB to use: .*max_document_tokens"
     )
     with (
         pytest.raises(ValueError, match=message),
