@@ -14,7 +14,7 @@ def build_draft(build: EntryBuild) -> Published | Rejected | Withheld:
     conversations = stages.regenerate(build)
     vocabulary = stages.vocabulary(build, conversations)
     hidden_states = stages.capture(build, conversations)
-    checkpoint = stages.train(build, hidden_states, vocabulary)
+    checkpoint = stages.train(build, hidden_states, vocabulary, conversations)
     draft = stages.export(build, checkpoint)
     benchmark = stages.benchmark(build, draft, conversations)
     artifacts = BuildArtifacts(conversations, vocabulary, hidden_states, checkpoint, draft, benchmark)

@@ -20,6 +20,7 @@ from specforge_core.stages import (
     BenchmarkSpec,
     CaptureSpec,
     ExportSpec,
+    LiveSource,
     RegenerateSpec,
     ResolvedBenchmark,
     ResolvedData,
@@ -103,8 +104,20 @@ def capture_spec(recipe: Recipe, conversations: Artifact[Conversations]) -> Capt
     )
 
 
-def train_spec(recipe: Recipe, hidden_states: Artifact[HiddenStates], vocabulary: Artifact[Vocabulary]) -> TrainSpec:
-    """A draft trained on those hidden states."""
+def train_spec(
+    recipe: Recipe,
+    hidden_states: Artifact[HiddenStates],
+    vocabulary: Artifact[Vocabulary],
+    conversations: Artifact[Conversations],
+) -> TrainSpec:
+    """A draft trained on those hidden states; with live features on those that the target makes of conversations."""
+    features = recipe.entry.features
+    is_live = features.mode == "live"
+    live = LiveSource(
+        engine=UnmeasuredEngine(**{**dict(recipe.engine), "urls": ()}),
+        serve_gpus=features.serve_gpus or 0,
+        buffer_gib=features.buffer_gib,
+    )
     return TrainSpec(
         target=recipe.target,
         hidden_states=hidden_states.path,
@@ -112,7 +125,9 @@ def train_spec(recipe: Recipe, hidden_states: Artifact[HiddenStates], vocabulary
         draft=recipe.entry.draft,
         training=recipe.entry.training,
         device=recipe.device,
-        num_processes=max(1, recipe.entry.resources.num_gpus),
+        num_processes=max(1, recipe.entry.num_training_gpus),
+        live=live if is_live else None,
+        conversations=conversations.path if is_live else None,
     )
 
 
@@ -148,7 +163,7 @@ STEPS: dict[str, Step] = {
     "regenerate": Step(regenerate_spec, ()),
     "vocabulary": Step(vocabulary_spec, ("regenerate",)),
     "capture": Step(capture_spec, ("regenerate",)),
-    "train": Step(train_spec, ("capture", "vocabulary")),
+    "train": Step(train_spec, ("capture", "vocabulary", "regenerate")),
     "export": Step(export_spec, ("train",)),
     "benchmark": Step(benchmark_spec, ("export", "regenerate")),
 }

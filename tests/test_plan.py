@@ -9,7 +9,7 @@ import pytest
 from specforge_core.artifacts import PROGRESS_DIRECTORY, SPEC_NAME, Artifact, Store, seal
 from specforge_core.facts import Published
 from specforge_core.ledger import last_artifact, load_entry_record, record_outcome, record_stage
-from specforge_core.manifest_sections import Eagle3Config, EngineConfig, TrainingConfig
+from specforge_core.manifest_sections import Eagle3Config, EngineConfig, FeaturesConfig, ResourcesConfig, TrainingConfig
 from specforge_core.plan import (
     STEPS,
     Recipe,
@@ -62,7 +62,7 @@ def test_before_the_first_build_all_wait_for_the_first_stage(store: Store) -> No
         "regenerate": ("stale", "never built"),
         "vocabulary": ("waits", "waits for regenerate"),
         "capture": ("waits", "waits for regenerate"),
-        "train": ("waits", "waits for capture, vocabulary"),
+        "train": ("waits", "waits for capture, vocabulary, regenerate"),
         "export": ("waits", "waits for train"),
         "benchmark": ("waits", "waits for export, regenerate"),
     }
@@ -183,3 +183,26 @@ def test_an_outcome_is_forgotten_once_a_stage_has_another_artifact(
     assert load_entry_record(store.root, "demo").outcome is None
     assert last_artifact(store, "demo", "train") is None
     assert last_artifact(store, "demo", "export") == built["export"]
+
+
+def test_live_features_put_the_target_beside_the_training(
+    store: Store, built: dict[str, Artifact[Any]], tmp_path: Path
+) -> None:
+    recipe = recipe_of(made_build.entry())
+    features = FeaturesConfig(mode="live", serve_gpus=2, buffer_gib=3.0)
+    resources, engine = ResourcesConfig(num_gpus=8), EngineConfig(name="sglang")
+    entry = recipe.entry.model_copy(update={"features": features, "resources": resources, "engine": engine})
+    live = recipe.model_copy(
+        update={
+            "entry": entry,
+            "engine": ServedEngine(name="sglang", urls=("http://running",), python="/sglang/python"),
+        }
+    )
+    inputs = [built[name] for name in STEPS["train"].reads]
+    stored_spec, spec = STEPS["train"].make_spec(recipe, *inputs), STEPS["train"].make_spec(live, *inputs)
+    assert (stored_spec.live, stored_spec.conversations) == (None, None)
+    assert spec.num_processes == 6
+    assert spec.conversations == built["regenerate"].path
+    assert (spec.live.serve_gpus, spec.live.buffer_gib) == (2, 3.0)
+    # Servers that run already have no hook; those that it starts come from the same environment.
+    assert (spec.live.engine.name, spec.live.engine.urls, spec.live.engine.python) == ("sglang", (), "/sglang/python")

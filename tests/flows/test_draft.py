@@ -63,7 +63,7 @@ def test_stages_run_in_order_and_each_gets_what_it_reads(
         ("regenerate", (build,)),
         ("vocabulary", (build, artifacts.conversations)),
         ("capture", (build, artifacts.conversations)),
-        ("train", (build, artifacts.hidden_states, artifacts.vocabulary)),
+        ("train", (build, artifacts.hidden_states, artifacts.vocabulary, artifacts.conversations)),
         ("export", (build, artifacts.checkpoint)),
         ("benchmark", (build, artifacts.draft, artifacts.conversations)),
         ("check_gates", (build.recipe.entry.gates, artifacts.vocabulary.facts, artifacts.benchmark.facts)),
