@@ -13,7 +13,8 @@ from specforge_core.artifacts import RECORD_NAME, seal
 from specforge_core.gpus import cpu_name, list_gpus
 from specforge_core.stages import SPECS, USER_ERROR_STATUS
 
-# Each module has `main(spec, out) -> facts`; imported one at a time, because most bring torch.
+# Each module has `main(spec, out) -> facts`, and may have `known_sha256(out)`: of files that it hashed when it wrote
+# them. Imported one at a time, because most bring torch.
 MODULES = {
     "regenerate": "specforge_core.data.regenerate",
     "vocabulary": "specforge_core.data.vocab",
@@ -66,8 +67,14 @@ def main(argv: list[str] | None = None) -> int:
             inputs=inputs,
             elapsed_s=time.monotonic() - started_at,
             hardware=hardware_name(spec.device),
+            known_sha256=getattr(importlib.import_module(MODULES[args.stage]), "known_sha256", no_files)(args.out),
         )
     return 0
+
+
+def no_files(out: Path) -> dict[str, str]:
+    """Of a stage that hashes nothing itself."""
+    return {}
 
 
 def hardware_name(device: str) -> str:

@@ -12,9 +12,10 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from pydantic import PrivateAttr, ValidationError
@@ -113,19 +114,22 @@ def seal(
     inputs: dict[str, str],
     elapsed_s: float,
     hardware: str | None = None,
+    known_sha256: Mapping[str, str] = MappingProxyType({}),
 ) -> Artifact[FactsT]:
-    """The artifact made of the files now in `directory`; writes its `artifact.json`."""
+    """The artifact made of the files now in `directory`; writes its `artifact.json`.
+
+    Args: known_sha256: of files that were hashed when they were written, by name; they are not read again.
+    """
     for leftover in directory.rglob(f".*{PARTIAL_SUFFIX}"):
         # From a writer that was killed; as content it would change what depends on this artifact.
         leftover.unlink()
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     by_name = {path.relative_to(directory).as_posix(): path for path in paths}
     content = {name: path for name, path in by_name.items() if name.partition("/")[0] not in NOT_CONTENT}
-    hashes = files_sha256(list(content.values()), desc=f"sealing {stage}")
-    files = {
-        name: FileRecord(size_bytes=path.stat().st_size, sha256=sha256)
-        for (name, path), sha256 in zip(content.items(), hashes, strict=True)
-    }
+    unknown = [name for name in content if name not in known_sha256]
+    hashes = files_sha256([content[name] for name in unknown], desc=f"sealing {stage}")
+    sha256 = {**known_sha256, **dict(zip(unknown, hashes, strict=True))}
+    files = {name: FileRecord(size_bytes=path.stat().st_size, sha256=sha256[name]) for name, path in content.items()}
     artifact: Artifact[FactsT] = Artifact[type(facts)](  # type: ignore[misc, operator]
         stage=stage,
         key=key,

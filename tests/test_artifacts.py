@@ -58,6 +58,15 @@ def test_a_built_artifact_is_found_with_its_facts(tmp_path: Path) -> None:
     assert found.files["rows.txt"].size_bytes == 4
 
 
+def test_a_file_whose_sha256_is_known_is_not_read_again(tmp_path: Path) -> None:
+    for name in ("known", "other"):
+        (tmp_path / name).write_text(name)
+    artifact = seal(tmp_path, FACTS, stage=STAGE, key=KEY, inputs={}, elapsed_s=0.0, known_sha256={"known": "0" * 64})
+    assert artifact.files["known"].sha256 == "0" * 64
+    assert artifact.files["known"].size_bytes == 5
+    assert artifact.files["other"].sha256 == hashlib.sha256(b"other").hexdigest()
+
+
 def test_an_interrupted_build_keeps_its_progress_and_is_not_found(tmp_path: Path) -> None:
     store = Store(tmp_path)
 

@@ -23,6 +23,7 @@ from specforge_core.data.shards import (
     FeatureIndex,
     FeatureWriter,
     ShardRecord,
+    load_index,
     plan_shards,
     save_target,
     teaching_in_document,
@@ -83,6 +84,11 @@ def main(spec: CaptureSpec, out: Path) -> HiddenStates:
     size_gib = sum(record.size_bytes for record in records) / 2**30
     logger.info("captured layers %s of %d tokens into %.2f GiB", list(layers), facts.num_tokens, size_gib)
     return facts
+
+
+def known_sha256(out: Path) -> dict[str, str]:
+    """Of the shards, by name. Raises: ValueError if one is gone or has another size."""
+    return {shard.name: shard.sha256 for shard in load_index(out).shards}
 
 
 def write_shards(

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 import os
@@ -11,10 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from specforge_core.__main__ import main as stage
 from specforge_core.artifacts import load_artifact, seal
 from specforge_core.data.conversations import Conversation, write_conversations
 from specforge_core.data.shards import Shard, damaged_shards, load_index, load_target_config, load_target_head
-from specforge_core.facts import Conversations
+from specforge_core.facts import Conversations, HiddenStates
 from specforge_core.manifest_sections import FeaturesConfig
 from specforge_core.stages import CaptureSpec, ResolvedTarget
 from specforge_core.targets import capture
@@ -85,6 +87,22 @@ def test_captured_features_are_those_of_a_plain_run(tmp_path: Path, tiny_target:
         torch.testing.assert_close(stored.last_hidden.double(), exact_UD, rtol=1e-4, atol=1e-4)
         assert stored.target_argmax.tolist() == logits_UV.argmax(-1).tolist()
         torch.testing.assert_close(stored.target_logsumexp.double(), logits_UV.logsumexp(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_shards_are_sealed_by_the_sha256_that_they_were_written_with(tmp_path: Path, tiny_target: ResolvedTarget):
+    conversations = make_conversations(tmp_path / "conversations", [(3, 5), (40, 50)])
+    spec, out = make_spec(tiny_target, conversations), tmp_path / "out"
+    (tmp_path / "spec.json").write_text(spec.model_dump_json())
+    assert stage(["capture", "--spec", str(tmp_path / "spec.json"), "--out", str(out)]) == 0
+    shards = [f"shard-0000{i}.safetensors" for i in range(2)]
+    known = {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in shards}
+    assert capture.known_sha256(out) == known
+    sealed = load_artifact(out, HiddenStates).files
+    assert {name: sealed[name].sha256 for name in shards} == known
+    assert {"index.json", "config.json", "target_head.safetensors"} <= set(sealed)
+    (out / shards[1]).write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"shard-00001.safetensors has 3 bytes"):
+        capture.known_sha256(out)
 
 
 def test_features_can_be_captured_in_float8(tmp_path: Path, tiny_target: ResolvedTarget):
