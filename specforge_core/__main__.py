@@ -7,11 +7,13 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from specforge_core.artifacts import RECORD_NAME, seal
+from specforge_core.facts import Record
 from specforge_core.gpus import cpu_name, list_gpus
-from specforge_core.stages import SPECS, USER_ERROR_STATUS
+from specforge_core.stages import SPECS, USER_ERROR_STATUS, StageSpec
 
 # Each module has `main(spec, out) -> facts`, and may have `known_sha256(out)`: of files that it hashed when it wrote
 # them. Imported one at a time, because most bring torch.
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
     started_at = time.monotonic()
     try:
-        facts = importlib.import_module(MODULES[args.stage]).main(spec, args.out)
+        facts = stage_main(args.stage)(spec, args.out)
     except ValueError:
         traceback.print_exc()
         return USER_ERROR_STATUS
@@ -77,10 +79,23 @@ def no_files(out: Path) -> dict[str, str]:
     return {}
 
 
+def stage_main(stage: str) -> Callable[[StageSpec, Path], Record]:
+    """The stage's `main`; under torchrun one that leaves its exception where torchrun looks for the first failure."""
+    function: Callable[[StageSpec, Path], Record] = importlib.import_module(MODULES[stage]).main
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return function
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    # It says None for where it raises.
+    return record(function)  # type: ignore[return-value]
+
+
 def hardware_name(device: str) -> str:
     """What this stage computes on: the processor, or how many of which GPU."""
     gpus = list_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")) if device == "cuda" else ()
-    return f"{len(gpus)} x {gpus[0].name}" if gpus else cpu_name()
+    # Of torchrun: the nodes are alike.
+    num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    return f"{num_nodes * len(gpus)} x {gpus[0].name}" if gpus else cpu_name()
 
 
 if __name__ == "__main__":

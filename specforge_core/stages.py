@@ -200,7 +200,7 @@ class TrainSpec(StageSpec):
     """
 
     stage: ClassVar[str] = "train"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     facts_type: ClassVar[type[Record]] = DraftCheckpoint
 
     target: ResolvedTarget
@@ -209,6 +209,7 @@ class TrainSpec(StageSpec):
     draft: DraftConfig
     training: TrainingConfig
     num_processes: Annotated[int, EXECUTION] = 1
+    """On each node."""
     live: Annotated[LiveSource | None, OPTIONAL] = None
     conversations: Annotated[Path | None, INPUT] = None
     """What the target reads; None unless features are live."""

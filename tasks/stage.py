@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -37,6 +38,9 @@ Logger = logging.Logger | logging.LoggerAdapter[Any]
 CPU_SLOT = "cpu"
 MIRROR_VARIABLE = "SPECBUNDLE_MIRROR"
 """URL of a mirror: artifacts are taken from there before they are built, and go there once they are."""
+NODES_VARIABLE = "PET_NNODES"
+"""torchrun's own name, as is PET_RDZV_ENDPOINT (host:port on one of the nodes), which it wants beside. With both set a
+training spans so many nodes: it waits until the command that it logs runs on the others, over the same store."""
 RETRY_DELAYS_S = [5.0, 30.0]
 
 
@@ -64,7 +68,8 @@ class StageError(RuntimeError):
 
     def __init__(self, stage: str, error: ProcessError, log: Path) -> None:
         self.stage, self.status, self.last_lines = stage, error.status, error.last_lines
-        last = next((line.strip() for line in reversed(error.last_lines) if line.strip()), "it printed nothing")
+        # torchrun's report of the process that failed first ends with its exception, and a ruler below.
+        last = next((line.strip() for line in reversed(error.last_lines) if line.strip(" =")), "it printed nothing")
         super().__init__(f"stage {stage} ended with status {error.status}: {last} (whole log: {log})")
 
 
@@ -116,13 +121,15 @@ def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store, mirror: M
             return StageResult(store.commit(pulled, spec.stage, key, spec.facts_type), is_reused=True)
         spec_path = directory / SPEC_NAME
         write_atomically(spec_path, spec.model_dump_json(indent=1) + "\n")
-        log = directory / LOG_NAME
+        log, command = directory / LOG_NAME, stage_command(spec, spec_path, directory)
+        if NODES_VARIABLE in os.environ and "torch.distributed.run" in command:
+            logger.info("on each other node: %s", shlex.join(command))
         with (
             _lease(spec, build) as lease,
             build.tracking.follow(directory / METRICS_NAME, stage=spec.stage),
             SupervisedProcess(
                 f"stage {spec.stage}",
-                stage_command(spec, spec_path, directory),
+                command,
                 log=log,
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(lease.devices) if spec.device == "cuda" else ""},
                 on_line=on_line,
@@ -137,11 +144,18 @@ def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store, mirror: M
 
 
 def stage_command(spec: StageSpec, spec_path: Path, out: Path) -> list[str]:
-    """The command line of a stage; a spec that asks for several processes runs under torchrun."""
-    num_processes = getattr(spec, "num_processes", 1)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    """The command line of a stage; a spec that asks for several processes, or a training on several nodes, runs under
+    torchrun.
+    """
     stage = ["-m", "specforge_core", spec.stage, "--spec", str(spec_path), "--out", str(out)]
-    return [sys.executable, *(launcher if num_processes > 1 else []), *stage]
+    num_processes = getattr(spec, "num_processes", None)
+    if num_processes is None:
+        return [sys.executable, *stage]
+    num_nodes = os.environ.get(NODES_VARIABLE, "1")
+    # The key tells this job from others at the same endpoint.
+    nodes = ["--standalone"] if num_nodes == "1" else ["--rdzv-backend=c10d", f"--rdzv-id={spec.key()}"]
+    launcher = ["-m", "torch.distributed.run", *nodes, f"--nproc-per-node={num_processes}"]
+    return [sys.executable, *(launcher if num_nodes != "1" or num_processes > 1 else []), *stage]
 
 
 def device_lock_dir() -> Path:

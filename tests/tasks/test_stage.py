@@ -11,7 +11,7 @@ import pytest
 from specforge_core.artifacts import LOG_NAME, SPEC_NAME
 from specforge_core.gpus import lease_devices
 from specforge_core.ledger import load_entry_record
-from specforge_core.process import children_end_on_error
+from specforge_core.process import ProcessError, children_end_on_error
 from tasks import stage as stage_module
 from tasks.stage import CPU_SLOT, MIRROR_VARIABLE, EntryBuild, StageError, run_stage, stage_command
 from tests.builds import entry_build
@@ -193,13 +193,39 @@ def test_what_was_built_before_there_was_a_mirror_goes_there_with_the_next_build
     assert run_stage(EchoSpec(text="hello"), entry_build(tmp_path / "elsewhere")).is_reused
 
 
-def test_several_processes_run_under_torchrun(tmp_path: Path) -> None:
-    class WideSpec(EchoSpec):
-        num_processes: int = 2
+class WideSpec(EchoSpec):
+    num_processes: int = 2
 
+
+def test_several_processes_run_under_torchrun(tmp_path: Path) -> None:
     command = stage_command(WideSpec(text="hello"), tmp_path / "spec.json", tmp_path / "out")
     assert command[1:] == [
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
         *("-m", "specforge_core", "echo", "--spec", str(tmp_path / "spec.json"), "--out", str(tmp_path / "out")),
     ]
+    for alone in (WideSpec(text="hello", num_processes=1), EchoSpec(text="hello")):
+        assert "torch.distributed.run" not in stage_command(alone, tmp_path / "spec.json", tmp_path)
+
+
+def test_several_nodes_meet_under_the_key_of_what_they_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PET_NNODES", "2")
+    spec = WideSpec(text="hello", num_processes=1)
+    command = stage_command(spec, tmp_path / "spec.json", tmp_path / "out")
+    assert command[1:6] == [
+        *("-m", "torch.distributed.run", "--rdzv-backend=c10d", f"--rdzv-id={spec.key()}", "--nproc-per-node=1"),
+    ]
     assert "torch.distributed.run" not in stage_command(EchoSpec(text="hello"), tmp_path / "spec.json", tmp_path)
+
+
+def test_an_error_names_the_exception_that_torchrun_found_first() -> None:
+    # Its report, without what the processes themselves printed before.
+    report = [
+        "Root Cause (first observed failure):",
+        "  rank      : 1 (local_rank: 1)",
+        "  traceback : Traceback (most recent call last):",
+        "  ValueError: lower it",
+        "",
+        "=" * 60,
+    ]
+    error = StageError("train", ProcessError("stage train", 1, report), Path("log"))
+    assert str(error) == "stage train ended with status 1: ValueError: lower it (whole log: log)"
