@@ -93,6 +93,8 @@ class Mirror:
 
     def _fetch(self, artifact: Artifact[Any], place: str, directory: Path) -> str | None:
         """None once the files of the artifact at `place` are in `directory`; else why they are refused."""
+        if not place.startswith(f"{self._root}/{artifact.stage}/{artifact.key}/"):
+            return f"its record is that of {artifact.stage}/{artifact.key}"
         outside = [name for name in artifact.files if _leaves(name)]
         if outside:
             return f"its record names {outside[0]}, outside of its folder"

@@ -254,6 +254,14 @@ def test_a_record_that_names_files_outside_of_its_folder_is_refused(
     assert f"its record names {name}, outside of its folder" in caplog.text
 
 
+def test_a_record_in_the_wrong_place_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = f"file://{tmp_path}/mirror"
+    Mirror(url).push(build(tmp_path / "one"))
+    (tmp_path / "mirror" / STAGE / KEY).rename(tmp_path / "mirror" / STAGE / "other")
+    assert not Mirror(url).pull(STAGE, "other", Vocabulary, tmp_path / "pulled")
+    assert "its record is that of vocabulary/k" in caplog.text
+
+
 def test_progress_of_an_interrupted_build_stays_here(tmp_path: Path) -> None:
     artifact = build(tmp_path / "one")
     (artifact.path / "progress").mkdir()
