@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from specforge_core.drafts.base import DraftBatch, DraftLoss, DraftModel
-from specforge_core.drafts.linear import gradient_buffer
 from specforge_core.training.optim import take_step
 from specforge_core.training.sharding import Sharding
 from specforge_core.training.workers import Workers
@@ -30,20 +29,19 @@ def train_step(
 ) -> StepResult:
     """One optimizer step over the micro-batches of all replicas; each gives its own share, which may be none.
 
-    Args: optimizers: of `sharding`, or of the draft itself if there is none: then every worker steps everything.
+    Args: optimizers: of `sharding`; of the draft itself if there is none, in a process on its own.
 
     The loss is a sum until every micro-batch of every replica is in. Then it is divided once, by the number of
     supervised tokens, so that neither packing nor the number of workers changes the gradient. Nothing is read from the
     device, so the host stays ahead of it.
     """
+    assert sharding or workers.world_size == 1, "several processes step what `parallelize` gives them"
     stepped = sharding or Sharding(draft)
     stepped.zero_gradients()
     losses = DraftLoss.zero(draft.num_positions, workers.device)
     for batch in micro_batches:
         losses = losses.plus(draft.accumulate_gradients(batch))
     workers.add_up(losses)
-    if sharding is None:
-        workers.add_up(gradient_buffer(parameter) for parameter in draft.parameters())
     stepped.reduce_gradients()
     num_tokens = losses.num_tokens.clamp(min=1)
     grad_norm = stepped.gradient_norm() / num_tokens

@@ -21,10 +21,10 @@ from specforge_core.training.step import train_step
 from specforge_core.training.workers import Workers
 from tests.drafts.synthetic import TARGET_CONFIG, make_document, make_draft, pack
 
-# Uneven on purpose: long and short answers, a batch of a prompt alone, and a last step with a batch for one process.
+# Uneven on purpose: long and short answers, a batch of a prompt alone, one with a single row, and a step of one batch.
 STEPS = (
     (("PPPAAAAAAAAAAAAAA", "PAA"), ("PPPPPP",), ("PAAPPAAAAPA", "PPAAAA"), ("PPPPPPAAA",)),
-    (("PPAAAAAAAAA", "PAAAA"), ("PAAAAAAAPPP",), ("PAAAA",)),
+    (("PPAAAAAAAAA", "PAAAA"), ("PAAAAAAAPPP",), ("PPPAA",)),
     (("PP" + 25 * "A",),),
 )
 MAX_GRAD_NORM = 0.05
@@ -74,6 +74,7 @@ def trained(case: Case, rank: int) -> dict[str, Any]:
     batches = batches_of_the_cases(0)[workers.replica :: workers.num_replicas]
     losses, *counts = evaluate(draft, [draft.prepare(batch) for batch in batches], workers)
     found |= {f"evaluated {name}": value for name, value in losses._asdict().items()}
+    found["chains"] = draft.greedy_chains(batches_of_the_cases(0)[0], 3)
     found |= {"output tokens": torch.tensor(counts[0]), "verify steps": torch.tensor(counts[1])}
     reassemble(draft)
     assert draft.shape == draft_of_the_cases().shape
