@@ -327,11 +327,8 @@ def greedy_and_normalizer(last_hidden_UD: Tensor, weight_VD: Tensor, first: int,
     chunk_rows = max(1, LOGIT_CHUNK_ELEMENTS // max(1, len(weight_VD)) // ROW_TILE) * ROW_TILE
     parts = []
     for chunk_CD in last_hidden_UD.split(chunk_rows):
-        logits_CV = float32_logits(chunk_CD, weight_VD)
-        # On a GPU `max` and `logsumexp` take as long as the product.
-        best_C, greedy_C, logsumexp_C = (
-            reduced(logits_CV) if logits_CV.is_cuda else (*logits_CV.max(dim=-1), logits_CV.logsumexp(dim=-1))
-        )
+        # No name for the logits: those of the chunk before would still be there.
+        best_C, greedy_C, logsumexp_C = reduced(float32_logits(chunk_CD, weight_VD), by_kernel=chunk_CD.is_cuda)
         # In float64 every token id is exact too.
         parts.append(torch.stack([best_C.double(), greedy_C.double() + first, logsumexp_C.double()]))
     part_3U = torch.cat(parts, dim=1)
@@ -345,8 +342,11 @@ def greedy_and_normalizer(last_hidden_UD: Tensor, weight_VD: Tensor, first: int,
     return greedy_U.int(), logsumexp_U.float()
 
 
-def reduced(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row of float32 logits the largest, where it is (the first one), and the log-sum-exp. Reads each once."""
+def reduced(logits_NV: Tensor, *, by_kernel: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row of float32 logits the largest, where it is (the first one), and the log-sum-exp."""
+    if not by_kernel:
+        return *logits_NV.max(dim=-1), logits_NV.logsumexp(dim=-1)
+    # Each logit is read once: on a GPU `max` and `logsumexp` together take as long as the head's product.
     num_rows, num_columns = logits_NV.shape
     best_N, logsumexp_N = logits_NV.new_empty(2, num_rows)
     greedy_N = torch.empty_like(best_N, dtype=torch.int32)

@@ -269,12 +269,12 @@ def test_rows_of_logits_are_reduced_in_one_pass() -> None:
         # The largest one twice, in different lanes; and far below zero.
         logits_NV[0, [7, 60]] = 200.0
         logits_NV[1] -= 1e4
-        best_N, greedy_N, logsumexp_N = reduced(logits_NV)
+        best_N, greedy_N, logsumexp_N = reduced(logits_NV, by_kernel=True)
         assert torch.equal(best_N, logits_NV.max(dim=-1).values)
         assert greedy_N.tolist() == [7, *logits_NV[1:].argmax(dim=-1).tolist()]
         torch.testing.assert_close(logsumexp_N.double(), logits_NV.double().logsumexp(-1), rtol=1e-6, atol=1e-6)
-    assert reduced(torch.full((1, 9), torch.nan))[2].isnan().all()
-    assert [part.shape for part in reduced(torch.empty(0, 5))] == [(0,)] * 3
+    assert reduced(torch.full((1, 9), torch.nan), by_kernel=True)[2].isnan().all()
+    assert [part.shape for part in reduced(torch.empty(0, 5), by_kernel=True)] == [(0,)] * 3
 
 
 def test_late_forwards_of_documents_that_are_read_are_let_go(opened: Handover) -> None:
