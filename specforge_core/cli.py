@@ -28,6 +28,8 @@ from specforge_core.selection import missing_gpus, named_entries, select_entries
 from specforge_core.stages import USER_ERROR_STATUS, RegenerateSpec
 
 INTERRUPTED_STATUS = 130
+REPORTS = Path(__file__).parents[1] / "reports"
+"""Of the checkout that this program runs from."""
 LOG_WIDTH = 160
 PLAN_STYLES = {"fresh": "green", "stale": "yellow", "waits": "dim"}
 ENVIRONMENT = {
@@ -83,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     build_parser.add_argument("--no-publish", action="store_true", help="stop after the gates")
     plan_parser = add("plan", plan, "Say which stages a build would run, and why; run nothing.")
     plan_parser.add_argument("--only", nargs="+", metavar="ENTRY", help="default: every entry")
+    _add_cost_options(plan_parser)
     add("list", list_entries, "List the entries of the manifest with their last results.")
     show_parser = add("show", show, "Show an entry's artifacts, or a conversation that its draft was trained on.")
     show_parser.add_argument("what", metavar="ENTRY|conversation")
@@ -95,6 +98,19 @@ def _parser() -> argparse.ArgumentParser:
     up_parser.add_argument("--prefect-port", type=int, default=4200)
     up_parser.add_argument("--mlflow-port", type=int, default=5000)
     return parser
+
+
+def _add_cost_options(plan_parser: argparse.ArgumentParser) -> None:
+    add = plan_parser.add_argument_group("cost", "from the targets' configs and measured rates alone").add_argument
+    add("--cost", action="store_true", help="say instead what a build takes, by entry and stage, and what will not fit")
+    add("--hardware", metavar="NAME", help="GPU to count for, such as h200; default: that of the measurements")
+    add("--disk", type=float, metavar="GB/s", help="of a host, read and written; default: as measured")
+    add("--json", action="store_true", help="print it for programs")
+    add("--reports", type=Path, default=REPORTS, help="folder of the measured rates; default: %(default)s")
+    add(
+        "--tokens-per-conversation", nargs=2, type=int, metavar=("PROMPT", "ANSWER"),
+        help="default: those in the store, or an assumption that is printed",
+    )  # fmt: skip
 
 
 def build(args: argparse.Namespace) -> int:
@@ -137,6 +153,8 @@ def build(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     """Print each stage's state; an entry whose target or data cannot be pinned says so and does not hide the others."""
+    if args.cost:
+        return _plan_cost(args)
     manifest, store, gpus = Manifest.load(args.manifest), _store(args), _gpus()
     entries, status = named_entries(manifest, args.only) if args.only else manifest.entries, 0
     if any(entry.engine.name == "sglang" for entry in entries):
@@ -157,6 +175,37 @@ def plan(args: argparse.Namespace) -> int:
             table.add_row(stage, Text(state, style=PLAN_STYLES[state]), Text(reason))
         _console().print(table)
     return status
+
+
+def _plan_cost(args: argparse.Namespace) -> int:
+    """Print what the entries take; one whose cost cannot be counted says so and does not hide the others."""
+    # They read every report and take a moment.
+    from specforge_core.cost.entry import CostPlanner
+    from specforge_core.cost.table import as_json, print_costs
+
+    manifest = Manifest.load(args.manifest)
+    entries = named_entries(manifest, args.only) if args.only else manifest.entries
+    planner = CostPlanner(
+        base_dir=manifest.base_dir,
+        store=_store(args),
+        reports=args.reports,
+        hardware=args.hardware,
+        tokens_per_conversation=args.tokens_per_conversation and tuple(args.tokens_per_conversation),
+        disk_bytes_per_s=args.disk and args.disk * 1e9,
+    )
+    costs, unknown = [], {}
+    for entry in entries:
+        try:
+            costs.append(planner.cost(entry))
+        except ValueError as error:
+            unknown[entry.name] = str(error)
+    if args.json:
+        sys.stdout.write(as_json(costs, unknown, planner.rates.source) + "\n")
+    else:
+        print_costs(_console(), costs, planner.rates.source)
+    for name, reason in unknown.items():
+        _stderr(f"{name}: {reason}")
+    return USER_ERROR_STATUS if unknown else 0
 
 
 def _sglang_line() -> str:

@@ -72,7 +72,7 @@ class ConfigReader:
         url = hf_hub_url(target.model, CONFIG_NAME, revision=revision)
         try:
             answer = get_session().get(url, headers=build_hf_headers(), timeout=HUB_TIMEOUT_S, follow_redirects=True)
-        except HTTPError as error:
+        except (HTTPError, OSError) as error:
             self._is_unreachable, self._hub_error = True, f"it cannot be reached: {error}"
             return None
         if not answer.is_success:

@@ -62,12 +62,12 @@ def expected_conversations(
     Raises: ValueError for a source that has no limit and whose size is not known.
     """
     stored = last_artifact(store, entry.name, "regenerate") if store else None
-    if stored and tokens_per_conversation is None:
-        facts: Conversations = stored.facts
+    facts: Conversations | None = stored.facts if stored else None
+    if stored and facts and tokens_per_conversation is None:
         answer = facts.num_loss_tokens / facts.num_conversations
         turn = Turn(round(facts.num_tokens / facts.num_conversations - answer), round(answer))
         return ExpectedConversations(facts.num_conversations, ((turn,),), f"those in the store, {stored.key}")
-    count = sum(map(_num_conversations, entry.data.sources))
+    count = facts.num_conversations if facts else sum(map(_num_conversations, entry.data.sources))
     sample, source = _assumed_lengths(entry, tokens_per_conversation)
     return ExpectedConversations(count, tuple(_within_limits(entry, one) for one in sample), source)
 

@@ -26,15 +26,19 @@ class CostPlanner:
         reports: Path,
         hardware: str | None = None,
         tokens_per_conversation: tuple[int, int] | None = None,
+        disk_bytes_per_s: float | None = None,
     ) -> None:
         """Args: base_dir: the manifest's folder; reports: where measured rates are; hardware: name of the GPU, that of
-        the measurements when absent; tokens_per_conversation: of prompt and answer, where the user knows them.
+        the measurements when absent; tokens_per_conversation: of prompt and answer, where the user knows them;
+        disk_bytes_per_s: of each host, written and read, that of the measurements when absent.
 
         Raises: ValueError for hardware without figures, or a folder without rates.
         """
         wanted = find_hardware(hardware) if hardware else None
         self.rates = load_rates(reports, wanted)
         self.hardware = wanted or self.rates.hardware
+        if disk_bytes_per_s:
+            self.rates = self.rates._replace(read_bytes_per_s=disk_bytes_per_s, write_bytes_per_s=disk_bytes_per_s)
         self._configs = ConfigReader(base_dir)
         self._store, self._reports, self._tokens = store, reports, tokens_per_conversation
 
@@ -96,6 +100,7 @@ def assumptions(job: Job) -> tuple[str, ...]:
         )
     if job.server.model.expert_width:
         lines.append("experts: read and multiplied at the rates of a dense target, which is what was measured")
+    lines.append("benchmark: rounds with a draft are taken to last as long as those without")
     return tuple(lines)
 
 

@@ -25,13 +25,17 @@ from specforge_core.cost.hardware import GPUS_PER_HOST, NETWORK_BYTES_PER_S, Har
 from specforge_core.cost.rates import ADAMW_BYTES, Rates, fit_line
 from specforge_core.cost.serving import ServerShape
 from specforge_core.cost.target_model import target_model
+from specforge_core.cost.units import duration, quantity
 from specforge_core.facts import Record
 from specforge_core.manifest import ManifestEntry
 from specforge_core.training.bench.shapes import RowCounts, Shape, useful_flops
 
 CONVERSATION_BYTES_PER_TOKEN = 10
 """Its text, its id in 32 bits and the mask, in Parquet: an upper bound."""
-CHECKPOINTS_KEPT = 2
+CHECKPOINTS_KEPT = 3
+"""At most, while it trains: the last two and the best."""
+MAP_BYTES = 8
+"""Of a target token, in the two maps of the vocabulary: an upper bound."""
 FORWARD_SHARE = 1 / 3
 """Of a forward and backward pass."""
 SERVER_START_S = 60.0
@@ -42,14 +46,16 @@ SWEEP_ROUNDS = 2
 
 
 class StageCost(Record):
-    """One stage. Of what is stored, the bytes that stay."""
+    """One stage."""
 
     stage: str
     num_tokens: float
     """Read by capture, written by regeneration, seen by training over all epochs."""
     disk_bytes: float
+    """What it leaves in the store, and the checkpoints that it needs until it is done."""
     num_gpus: int
     wall_s: float
+    """0 of what takes a minute on the CPU."""
     peak_bytes_per_gpu: float
     limit: str = ""
     """What it waits for, in words."""
@@ -81,7 +87,7 @@ class EntryCost(Record):
 
     @property
     def disk_bytes(self) -> float:
-        """What the entry keeps in the store."""
+        """In the store, of all stages."""
         return sum(stage.disk_bytes for stage in self.stages)
 
     @property
@@ -130,8 +136,8 @@ class Job(NamedTuple):
         return self.documents.num_conversations / len(self.documents.sample)
 
     @property
-    def stored_bytes(self) -> float:
-        """Of all features."""
+    def feature_bytes(self) -> float:
+        """Of all features, if they are stored."""
         counts, features = self.counts, self.entry.features
         return self.scale * feature_bytes(self.draft.width, features.dtype, counts.num_tokens, self.num_teaching)
 
@@ -143,7 +149,7 @@ class Job(NamedTuple):
     @property
     def is_live(self) -> bool:
         """Whether features are consumed as they are made, and never stored."""
-        return str(self.entry.features.mode) == "live"
+        return self.entry.features.mode == "live"
 
     @property
     def start_s(self) -> float:
@@ -207,17 +213,15 @@ def regenerate_cost(job: Job) -> StageCost:
 
 
 def capture_cost(job: Job) -> StageCost:
-    """Hidden states of all conversations: the servers, or the disk that they go to."""
-    documents = job.documents
-    head_share = job.num_teaching / job.counts.num_tokens
-    request_s = job.server.capture_s(job.rates, documents.tokens_each, documents.keys_per_token, head_share)
-    served_s = documents.num_conversations / job.num_servers * request_s
-    stored = 0.0 if job.is_live else job.stored_bytes
+    """Hidden states of all conversations, or of the held-out ones alone: the servers, or the disk that they go to."""
+    share = job.entry.training.eval_fraction if job.is_live else 1.0
+    served_s = share * reading_s(job, job.num_gpus)
+    stored = share * job.feature_bytes
     written_s = stored / (job.num_hosts * job.rates.write_bytes_per_s)
     head_bytes = COMPUTE_BYTES * 2 * job.draft.width * job.draft.vocab_size
     return StageCost(
         stage="capture",
-        num_tokens=documents.num_tokens,
+        num_tokens=share * job.documents.num_tokens,
         disk_bytes=stored + head_bytes,
         num_gpus=job.num_gpus,
         wall_s=max(served_s, written_s) + job.start_s,
@@ -227,26 +231,57 @@ def capture_cost(job: Job) -> StageCost:
 
 
 def train_cost(job: Job) -> StageCost:
-    """All epochs and evaluations: the passes, or the disk that features come from."""
-    training, counts = job.entry.training, job.counts
-    num_tokens = training.num_epochs * (1 - training.eval_fraction) * job.scale * counts.num_tokens
-    pass_s = _pass_s(job)
-    per_step = max(1, training.tokens_per_batch // training.tokens_per_micro_batch)
-    num_steps = num_tokens / (per_step * training.tokens_per_micro_batch)
-    step_s = math.ceil(per_step / job.num_gpus) * pass_s + _optimizer_s(job) + _reduction_s(job)
-    eval_tokens = training.evals_per_run * training.eval_fraction * job.scale * counts.num_tokens
-    eval_s = FORWARD_SHARE * pass_s * eval_tokens / training.tokens_per_micro_batch / job.num_gpus
-    computed_s = num_steps * step_s + eval_s
-    stored = 0.0 if job.is_live else job.stored_bytes
-    read_s = training.num_epochs * stored / (job.num_hosts * job.rates.read_bytes_per_s)
+    """All epochs and evaluations: the passes, or what features come from."""
+    trained_s = training_s(job, job.entry.num_training_gpus)
+    fed_s, start_s, limit = 0.0, 0.0, ""
+    if job.is_live:
+        serve_gpus = job.entry.features.serve_gpus or 0
+        fed_s, start_s = job.entry.training.num_epochs * reading_s(job, serve_gpus), job.start_s
+        waits, busy = ("training", "the target") if fed_s > trained_s else ("the target", "training")
+        limit = f"{waits} waits for {busy}, {min(fed_s, trained_s) / max(fed_s, trained_s):.0%} busy"
+    else:
+        fed_s = job.entry.training.num_epochs * job.feature_bytes / (job.num_hosts * job.rates.read_bytes_per_s)
+        limit = _disk_limit(fed_s, trained_s, "read", job.rates.read_bytes_per_s)
     return StageCost(
         stage="train",
-        num_tokens=num_tokens,
+        num_tokens=_training_tokens(job),
         disk_bytes=CHECKPOINTS_KEPT * checkpoint_bytes(job.draft) + MASTER_BYTES * num_parameters(job.draft),
         num_gpus=job.num_gpus,
-        wall_s=max(computed_s, read_s),
-        peak_bytes_per_gpu=train_bytes_per_gpu(job),
-        limit=_disk_limit(read_s, computed_s, "read", job.rates.read_bytes_per_s),
+        wall_s=max(trained_s, fed_s) + start_s,
+        peak_bytes_per_gpu=max(train_bytes_per_gpu(job), job.served_bytes_per_gpu if job.is_live else 0.0),
+        limit=limit,
+    )
+
+
+def reading_s(job: Job, num_gpus: int) -> float:
+    """Seconds in which servers on so many GPUs read all documents once."""
+    documents = job.documents
+    head_share = job.num_teaching / job.counts.num_tokens
+    request_s = job.server.capture_s(job.rates, documents.tokens_each, documents.keys_per_token, head_share)
+    return documents.num_conversations * request_s / max(1, num_gpus // job.server.tensor_parallel)
+
+
+def training_s(job: Job, num_gpus: int) -> float:
+    """Seconds in which so many GPUs train all epochs, and evaluate, if nothing keeps them waiting."""
+    training = job.entry.training
+    pass_s = _pass_s(job)
+    per_step = max(1, training.tokens_per_batch // training.tokens_per_micro_batch)
+    num_steps = _training_tokens(job) / (per_step * training.tokens_per_micro_batch)
+    num_replicas = max(1, num_gpus // training.parallel.gpus_per_replica)
+    step_s = math.ceil(per_step / num_replicas) * pass_s + _optimizer_s(job) + _reduction_s(job, num_gpus)
+    eval_tokens = training.evals_per_run * training.eval_fraction * job.scale * job.counts.num_tokens
+    return num_steps * step_s + FORWARD_SHARE * pass_s * eval_tokens / training.tokens_per_micro_batch / num_replicas
+
+
+def best_serve_gpus(job: Job) -> int | None:
+    """How many GPUs should run the target while the others train on live features; None if they are too few."""
+    epochs, shared_by = job.entry.training.num_epochs, job.entry.training.parallel.gpus_per_replica
+    multiples = range(job.server.tensor_parallel, job.num_gpus, job.server.tensor_parallel)
+    choices = [n for n in multiples if (job.num_gpus - n) % shared_by == 0]
+    return min(
+        choices,
+        key=lambda n: max(epochs * reading_s(job, n), training_s(job, job.num_gpus - n)),
+        default=None,
     )
 
 
@@ -262,15 +297,20 @@ def train_bytes_per_gpu(job: Job) -> float:
     )
 
 
+def vocabulary_cost(job: Job) -> StageCost:
+    """A count of the answers' tokens on the CPU."""
+    return _without_gpus("vocabulary", job.conversations.num_answer_tokens, MAP_BYTES * job.draft.vocab_size)
+
+
 def export_cost(job: Job) -> StageCost:
-    """The draft in bfloat16; no GPU is needed, but the entry's are not held."""
+    """The draft in bfloat16, written by the CPU."""
+    return _without_gpus("export", 0, COMPUTE_BYTES * num_parameters(job.draft))
+
+
+def _without_gpus(stage: str, num_tokens: float, disk_bytes: float) -> StageCost:
+    """Of a stage that takes a minute at most, which is not counted."""
     return StageCost(
-        stage="export",
-        num_tokens=0,
-        disk_bytes=COMPUTE_BYTES * num_parameters(job.draft),
-        num_gpus=0,
-        wall_s=0,
-        peak_bytes_per_gpu=0,
+        stage=stage, num_tokens=num_tokens, disk_bytes=disk_bytes, num_gpus=0, wall_s=0, peak_bytes_per_gpu=0
     )
 
 
@@ -302,17 +342,24 @@ def benchmark_cost(job: Job) -> StageCost:
     )
 
 
-STAGES = (regenerate_cost, capture_cost, train_cost, export_cost, benchmark_cost)
+STAGES = (regenerate_cost, vocabulary_cost, capture_cost, train_cost, export_cost, benchmark_cost)
 
 
 def _pass_s(job: Job) -> float:
-    """Seconds of one full micro-batch, forward and backward."""
+    """Seconds of one full micro-batch, forward and backward; GPUs that share it are taken to do so evenly."""
     points = job.rates.passes
     if job.entry.training.float8_matmuls and job.rates.float8_passes:
         points = job.rates.float8_passes
     flops_per_token = useful_flops(job.draft, job.counts) / job.counts.num_tokens
     speed = job.server.hardware.bf16_flops / job.rates.hardware.bf16_flops
-    return fit_line(points).seconds(flops_per_token * job.entry.training.tokens_per_micro_batch, speed)
+    flops = flops_per_token * job.entry.training.tokens_per_micro_batch
+    return fit_line(points).seconds(flops / job.entry.training.parallel.gpus_per_replica, speed)
+
+
+def _training_tokens(job: Job) -> float:
+    """Of all epochs."""
+    training = job.entry.training
+    return training.num_epochs * (1 - training.eval_fraction) * job.scale * job.counts.num_tokens
 
 
 def _optimizer_s(job: Job) -> float:
@@ -320,13 +367,13 @@ def _optimizer_s(job: Job) -> float:
     return ADAMW_BYTES * num_parameters(job.draft) / (job.rates.optimizer_bytes_per_s * speed)
 
 
-def _reduction_s(job: Job) -> float:
+def _reduction_s(job: Job, num_gpus: int) -> float:
     """Of the float32 gradients over all GPUs, once a step and not hidden behind anything."""
-    sent = 2 * (job.num_gpus - 1) / job.num_gpus * MASTER_BYTES * num_parameters(job.draft)
-    return sent / (NETWORK_BYTES_PER_S if job.num_hosts > 1 else job.server.hardware.link_bytes_per_s)
+    sent = 2 * (num_gpus - 1) / num_gpus * MASTER_BYTES * num_parameters(job.draft)
+    return sent / (NETWORK_BYTES_PER_S if num_gpus > GPUS_PER_HOST else job.server.hardware.link_bytes_per_s)
 
 
 def _disk_limit(disk_s: float, other_s: float, verb: str, bytes_per_s: float) -> str:
     if disk_s <= other_s:
         return ""
-    return f"features are {verb} at {bytes_per_s / 1e9:.1f} GB/s a host; without that, {other_s / 3600:,.1f} h"
+    return f"features are {verb} at {quantity(bytes_per_s)}B/s a host; without that, {duration(other_s)}"

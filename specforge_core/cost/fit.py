@@ -3,11 +3,15 @@
 from collections.abc import Iterator
 
 from specforge_core.cost.draft_model import COMPUTE_BYTES, frozen_bytes, num_parameters
-from specforge_core.cost.estimate import Job, train_bytes_per_gpu
+from specforge_core.cost.estimate import Job, best_serve_gpus, capture_cost, train_bytes_per_gpu, train_cost
 from specforge_core.cost.hardware import GIB, GPUS_PER_HOST, HARDWARE
 from specforge_core.cost.serving import ServerShape
+from specforge_core.cost.units import duration
+from specforge_core.manifest import ManifestEntry
 
 GB, TB = 1e9, 1e12
+WORTH_A_CHANGE = 0.95
+"""Of the time as it is: a smaller gain is within what the rates are off."""
 TENSOR_PARALLEL = (1, 2, 4, 8, 16, 32)
 FLOAT8_BLOCK = 128
 """Of the public FP8 revisions."""
@@ -22,6 +26,7 @@ def problems(job: Job, free_disk_bytes: float | None) -> tuple[str, ...]:
     """
     return (
         *_server_problems(job),
+        *_live_problems(job),
         *_benchmark_problems(job),
         *_training_problems(job),
         *_disk_problems(job, free_disk_bytes),
@@ -145,12 +150,35 @@ def _training_problems(job: Job) -> Iterator[str]:
 
 
 def _disk_problems(job: Job, free_disk_bytes: float | None) -> Iterator[str]:
-    stored = 0.0 if job.is_live else job.stored_bytes
+    stored = capture_cost(job).disk_bytes
     # The target is downloaded once for all of the entry's stages.
     needed = stored + job.server.model.weight_bytes
     if free_disk_bytes is not None and needed > free_disk_bytes:
-        half = "" if job.entry.features.dtype == "float8" else "set features.dtype: float8 (half of it) or "
+        ways = [] if job.entry.features.dtype == "float8" else ["set features.dtype: float8 (half of the features)"]
+        serve_gpus = best_serve_gpus(job)
+        if not job.is_live and serve_gpus:
+            ways.append(f"features.mode: live with features.serve_gpus: {serve_gpus}")
+        ways.append("lower data.sources.limit")
         yield (
-            f"features need {stored / TB:,.2f} TB and the target {job.server.model.weight_bytes / TB:,.2f} TB, and "
-            f"{free_disk_bytes / TB:,.2f} TB are free: {half}features.mode: live, or lower data.sources.limit"
+            f"features need {stored / TB:,.2f} TB and the target {job.server.model.weight_bytes / TB:,.2f} TB, but "
+            f"{free_disk_bytes / TB:,.2f} TB are free where the store is: {' or '.join(ways)}"
         )
+
+
+def _live_problems(job: Job) -> Iterator[str]:
+    """Where another split of the GPUs between target and training is clearly faster."""
+    best = best_serve_gpus(job) if job.is_live else None
+    if best is None:
+        return
+    proposed = job._replace(entry=_served_by(job.entry, best))
+    now_s, then_s = train_cost(job).wall_s, train_cost(proposed).wall_s
+    if then_s < WORTH_A_CHANGE * now_s:
+        yield (
+            f"features.serve_gpus={job.entry.features.serve_gpus} trains for {duration(now_s)}; "
+            f"{best} would take {duration(then_s)}"
+        )
+
+
+def _served_by(entry: ManifestEntry, serve_gpus: int) -> ManifestEntry:
+    features = entry.features.model_copy(update={"serve_gpus": serve_gpus})
+    return entry.model_copy(update={"features": features})

@@ -38,6 +38,8 @@ class Point(NamedTuple):
     work: float
     seconds: float
     name: str = ""
+    beside: float = 0.0
+    """What comes on top and needs no line: it is counted."""
 
 
 class Line(NamedTuple):
@@ -160,7 +162,7 @@ def pass_point(row: Row) -> Point:
 def activation_point(row: Row) -> Point:
     """Memory beside what is counted, by trained weights."""
     counted = (row.weight_bytes or 0) + (row.gradient_bytes or 0) + (row.input_bytes or 0)
-    return Point((row.gradient_bytes or 0) / GRADIENT_BYTES, (row.peak_bytes or 0) - counted, row.shape)
+    return Point((row.gradient_bytes or 0) / GRADIENT_BYTES, (row.peak_bytes or 0) - counted, row.shape, counted)
 
 
 def serving_points(

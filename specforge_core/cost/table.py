@@ -1,17 +1,44 @@
-"""Costs as tables for a terminal. Torch-free."""
+"""Costs as tables for a terminal, and as JSON. Torch-free."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from specforge_core.cost.estimate import EntryCost, StageCost
 from specforge_core.cost.hardware import GIB
+from specforge_core.cost.units import duration, quantity
 
 GB = 1e9
 COLUMNS = ("stage", "tokens", "on disk", "GPUs", "GPU hours", "wall time", "GiB per GPU", "limited by")
-UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-MINUTE_S, HOUR_S = 60, 3600
+
+
+def print_costs(console: Console, costs: Sequence[EntryCost], source: str) -> None:
+    """Each entry, what its numbers rest on and what will not work; then all of them together."""
+
+    def say(line: str, style: str | None = None) -> None:
+        console.print(line, style=style, soft_wrap=True, markup=False, highlight=False)
+
+    for cost in costs:
+        say(entry_title(cost))
+        console.print(stage_table(cost))
+        for assumption in cost.assumptions:
+            say(f"  {assumption}", style="dim")
+        for problem in cost.problems:
+            say(f"  problem: {problem}", style="yellow")
+        say("")
+    if len(costs) > 1:
+        console.print(total_table(costs))
+    if costs:
+        say(f"Rates are scaled from {source}")
+
+
+def as_json(costs: Sequence[EntryCost], unknown: Mapping[str, str], source: str) -> str:
+    """The same for programs, in tokens, bytes, seconds and hours."""
+    entries = [cost.model_dump(mode="json") for cost in costs]
+    return json.dumps({"rates": source, "entries": entries, "not_counted": dict(unknown)}, indent=1)
 
 
 def entry_title(cost: EntryCost) -> str:
@@ -54,21 +81,6 @@ def total_table(costs: Sequence[EntryCost]) -> Table:
     sums = [sum(values) for values in zip(*((c.weight_bytes, c.disk_bytes, c.gpu_hours) for c in costs), strict=True)]
     table.add_row("all", "", f"{quantity(sums[0])}B", f"{quantity(sums[1])}B", f"{sums[2]:,.1f}", "", "")
     return table
-
-
-def quantity(number: float) -> str:
-    """Three digits and a unit of 1000s, to be followed by the name of what is counted."""
-    for size, unit in UNITS:
-        if number >= size:
-            return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number / size:,.0f} {unit}"
-    return f"{number:.0f} "
-
-
-def duration(seconds: float) -> str:
-    """In the unit that suits it."""
-    if seconds >= HOUR_S:
-        return f"{seconds / HOUR_S:,.1f} h"
-    return f"{seconds / MINUTE_S:.0f} min" if seconds >= MINUTE_S else f"{seconds:.0f} s"
 
 
 def _cells(stage: StageCost) -> tuple[str, ...]:

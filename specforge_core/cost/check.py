@@ -1,0 +1,137 @@
+"""Holds predictions against measurements.
+
+    python -m specforge_core.cost.check
+        each recorded row of training and serving, predicted from the rows of other shapes or other work
+    python -m specforge_core.cost.check --manifest M --store S --entry E --hardware h100
+        the stages of a build, predicted from its number of tokens
+
+The status is 1 if one of them is further off than allowed.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from specforge_core.artifacts import Store
+from specforge_core.cost.entry import CostPlanner
+from specforge_core.cost.estimate import EntryCost
+from specforge_core.cost.rates import Point, Rates, fit_line, load_rates
+from specforge_core.cost.units import duration, quantity
+from specforge_core.ledger import last_artifact
+from specforge_core.manifest import Manifest, ManifestEntry
+from specforge_core.selection import named_entries
+
+ALLOWED_ERROR = 0.25
+REPORTS = Path(__file__).parents[2] / "reports"
+MIN_CHECKED_S = 60.0
+"""Shorter stages are mostly start-up."""
+
+
+class Check(NamedTuple):
+    """One prediction."""
+
+    what: str
+    predicted: float
+    measured: float
+    show: Callable[[float], str] = duration
+
+    @property
+    def error(self) -> float:
+        """As a share of what was measured."""
+        return self.predicted / self.measured - 1
+
+    @property
+    def is_close(self) -> bool:
+        """Whether it is as near as promised."""
+        return abs(self.error) <= ALLOWED_ERROR
+
+
+def recorded_checks(rates: Rates) -> list[Check]:
+    """Every recorded row that others predict: the rows of a shape are left out together."""
+    kinds = {
+        "training pass": rates.passes,
+        "float8 training pass": rates.float8_passes,
+        "request of capture": rates.captures,
+        "decoding step": rates.steps,
+    }
+    checks = [check for kind, points in kinds.items() for check in held_out(kind, points)]
+    memory = held_out("memory of a training pass", rates.activation_bytes)
+    return [*checks, *(check._replace(show=lambda size: f"{quantity(size)}B") for check in memory)]
+
+
+def held_out(kind: str, points: Sequence[Point]) -> Iterator[Check]:
+    """Each point, predicted from those of other names; from the others where all have one name."""
+    by_name = len({point.name for point in points}) > 1
+    for left_out in points:
+        others = [p for p in points if (p.name != left_out.name if by_name else p is not left_out)]
+        if others:
+            predicted = left_out.beside + fit_line(others).seconds(left_out.work)
+            yield Check(f"{kind}, {left_out.name}", predicted, left_out.beside + left_out.seconds, milliseconds)
+
+
+def milliseconds(seconds: float) -> str:
+    """For what is shorter than a second."""
+    return f"{1e3 * seconds:.3g} ms"
+
+
+def build_checks(entry: ManifestEntry, cost: EntryCost, store: Store) -> list[Check]:
+    """Time and bytes of the entry's artifacts; stages that took less than a minute are left out.
+
+    Raises: ValueError if the store has none.
+    """
+    checks = []
+    for stage in cost.stages:
+        artifact = last_artifact(store, entry.name, stage.stage)
+        if artifact is None:
+            continue
+        measured_bytes = sum(file.size_bytes for file in artifact.files.values())
+        if artifact.elapsed_s >= MIN_CHECKED_S and stage.wall_s:
+            checks.append(Check(stage.stage, stage.wall_s, artifact.elapsed_s))
+        if stage.stage == "capture":
+            checks.append(Check("capture, bytes", stage.disk_bytes, measured_bytes, lambda size: f"{quantity(size)}B"))
+    if not checks:
+        raise ValueError(f"{store.root} has no artifacts of {entry.name} to hold its cost against")
+    return checks
+
+
+def main(argv: list[str] | None = None) -> int:
+    """1 if a prediction is off by more than allowed."""
+    arguments = _parser().parse_args(argv)
+    if arguments.entry:
+        manifest, store = Manifest.load(arguments.manifest), Store(arguments.store)
+        planner = CostPlanner(
+            base_dir=manifest.base_dir, store=store, reports=arguments.reports, hardware=arguments.hardware
+        )
+        (entry,) = named_entries(manifest, [arguments.entry])
+        checks = build_checks(entry, planner.cost(entry), store)
+    else:
+        checks = recorded_checks(load_rates(arguments.reports))
+    table = Table("what", "predicted", "measured", "off by")
+    for check in checks:
+        error = f"{check.error:+.0%}" if check.is_close else f"[red]{check.error:+.0%}[/red]"
+        table.add_row(check.what, check.show(check.predicted), check.show(check.measured), error)
+    Console().print(table)
+    return int(not all(check.is_close for check in checks))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m specforge_core.cost.check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--reports", type=Path, default=REPORTS, help="default: %(default)s")
+    parser.add_argument("--manifest", type=Path, default=Path("bundle_manifest.yaml"))
+    parser.add_argument("--store", type=Path, default=Path(".specbundle"))
+    parser.add_argument("--entry", help="whose build is checked; the recorded rows when absent")
+    parser.add_argument("--hardware", help="GPU that it was built on; that of the rates when absent")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

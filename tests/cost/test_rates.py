@@ -1,0 +1,74 @@
+"""Lines through measurements, and how well the recorded ones predict each other."""
+
+from pathlib import Path
+
+import pytest
+
+from specforge_core.cost.check import ALLOWED_ERROR, held_out, recorded_checks
+from specforge_core.cost.hardware import find_hardware
+from specforge_core.cost.rates import Line, Point, Rates, fit_line, load_rates
+
+REPORTS = Path(__file__).parents[2] / "reports"
+
+
+@pytest.fixture(scope="module")
+def rates() -> Rates:
+    return load_rates(REPORTS)
+
+
+def test_a_line_is_found_again() -> None:
+    line = fit_line([Point(work, 3.0 * work + 5.0) for work in (1.0, 10.0, 200.0)])
+    assert line == pytest.approx(Line(3.0, 5.0))
+    # Twice as fast hardware halves the work, not the overhead.
+    assert line.seconds(10.0, speed=2.0) == pytest.approx(3.0 * 10 / 2 + 5.0)
+
+
+def test_one_measurement_or_a_line_below_the_origin_gives_one_through_the_origin() -> None:
+    assert fit_line([Point(4.0, 8.0)]) == Line(2.0, 0.0)
+    # 2x - 1 fits both; of lines a x, a (1/1 + 2/3) = 1 + ... : a = (1 + 2/3) / (1 + 4/9)
+    assert fit_line([Point(1.0, 1.0), Point(2.0, 3.0)]) == pytest.approx(Line((1 + 2 / 3) / (1 + 4 / 9), 0.0))
+    with pytest.raises(ValueError, match="no measurements"):
+        fit_line([])
+
+
+def test_every_recorded_row_is_predicted_from_those_of_other_shapes_within_a_quarter(rates: Rates) -> None:
+    checks = recorded_checks(rates)
+    shapes = {"qwen3-8b", "qwen3-30b-a3b", "llama-3.3-70b", "qwen3-235b-a22b", "llama-3.1-8b"}
+    assert {f"training pass, {shape}" for shape in shapes} <= {check.what for check in checks}
+    assert [check for check in checks if not check.is_close] == []
+
+
+def test_the_other_shapes_follow_from_llama_8b_alone_within_a_tenth(rates: Rates) -> None:
+    line = fit_line([point for point in rates.passes if point.name == "llama-3.1-8b"])
+    others = [point for point in rates.passes if point.name != "llama-3.1-8b"]
+    assert len(others) == 4
+    for point in others:
+        assert line.seconds(point.work) == pytest.approx(point.seconds, rel=0.1), point.name
+
+
+def test_a_row_that_is_far_off_is_found() -> None:
+    points = [Point(work, 2.0 * work, str(work)) for work in (1.0, 2.0, 4.0)]
+    odd = [*points, Point(8.0, 8.0, "odd")]
+    errors = {check.what: check.error for check in held_out("row", odd)}
+    assert errors["row, odd"] == pytest.approx(1.0)
+    assert ALLOWED_ERROR < 1.0
+
+
+def test_the_reference_is_the_gpu_that_was_measured(rates: Rates) -> None:
+    assert rates.hardware == find_hardware("NVIDIA H100 80GB HBM3")
+    # Nobody measured it, so rates come from the one that was.
+    assert load_rates(REPORTS, find_hardware("h200")) == rates
+    assert "llama-3.3-70b" in rates.source
+
+
+def test_rates_that_are_not_there_are_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no GPU's rates .* --reports"):
+        load_rates(tmp_path)
+
+
+def test_gpus_go_by_their_own_name_and_by_the_drivers() -> None:
+    assert find_hardware("NVIDIA H100 PCIe").name == "h100-pcie"
+    assert find_hardware("NVIDIA A100-SXM4-80GB").name == "a100"
+    assert find_hardware("NVIDIA A100-SXM4-40GB").name == "a100-40gb"
+    with pytest.raises(ValueError, match='no figures of the GPU "tpu"; there are those of h100-pcie, h100'):
+        find_hardware("tpu")
