@@ -61,6 +61,11 @@ class Workers(NamedTuple):
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
+    def wait(self) -> None:
+        """Return when all processes have called it."""
+        if self.world_size > 1:
+            dist.barrier()
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """`compute_dtype` of the device."""
