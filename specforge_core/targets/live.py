@@ -7,6 +7,7 @@ micro-batch. In process each item is computed for itself: its bytes do not depen
 
 import argparse
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -135,11 +136,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         datefmt="%H:%M:%S",
         stream=sys.stdout,
     )
+    # Trainers end it so, and its folders in memory and its servers should go with it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         produce(TrainSpec.model_validate_json(args.spec.read_text(encoding="utf-8")), args.spool, args.out)
     except ValueError:
         traceback.print_exc()
         return USER_ERROR_STATUS
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return 0
 
 

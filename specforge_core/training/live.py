@@ -57,6 +57,9 @@ def live_features(spec: TrainSpec, out: Path, workers: Workers) -> Iterator["Liv
         if workers.is_first:
             folder = stack.enter_context(spool_folder(max_bytes, fallback=out / PROGRESS_DIRECTORY))
         spool = _of_first(folder, workers)
+        if not spool.is_dir():
+            # TODO: one producer for the processes of each node, once an entry trains live on several.
+            raise ValueError(f"{spool} of the first process is not there: live features need all processes on one host")
 
         def start_producer() -> None:
             assert spec.live is not None
