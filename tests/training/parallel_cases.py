@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from specforge_core.drafts.base import DraftBatch
 from specforge_core.drafts.eagle3 import Eagle3Draft
@@ -19,7 +20,8 @@ from specforge_core.training.parallel import parallelize, reassemble
 from specforge_core.training.sharding import as_dtensor
 from specforge_core.training.step import train_step
 from specforge_core.training.workers import Workers
-from tests.drafts.synthetic import TARGET_CONFIG, make_document, make_draft, pack
+from tests.drafts.synthetic import TARGET_CONFIG, as_dtype, make_document, make_draft, pack
+from tests.training.factory import make_batch, make_gpu_draft
 
 # Uneven on purpose: long and short answers, a batch of a prompt alone, one with a single row, and a step of one batch.
 STEPS = (
@@ -86,18 +88,57 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _process(rank: int, num_processes: int, work: Callable[[int], Any], directory: Path) -> None:
+def step_in_bfloat16(case: Case, rank: int) -> dict[str, Tensor]:
+    """Losses and gradients of one step on GPUs as they train, by name; whole tensors."""
+    workers = Workers(rank, case.dp * case.cp * case.tp, torch.device("cuda"), case.cp, case.tp)
+    draft = make_gpu_draft()
+    return _step_on_gpu_batches(draft, gpu_batches(), workers)
+
+
+def step_in_float64() -> dict[str, Tensor]:
+    """The same in float64 on a CPU, by the references of the kernels."""
+    draft = make_gpu_draft().cpu().double()
+    draft.compute_dtype = torch.float64
+    batches = [as_dtype(batch, torch.float64) for batch in gpu_batches()]
+    return _step_on_gpu_batches(draft, batches, Workers(0, 1, torch.device("cpu")))
+
+
+def gpu_batches() -> list[DraftBatch]:
+    """Four micro-batches, so that there is one for each of four replicas."""
+    return [make_batch([(40, 200), (30, 100), (20, 250 + seed)], seed=seed) for seed in range(4)]
+
+
+def _step_on_gpu_batches(draft: Eagle3Draft, batches: list[DraftBatch], workers: Workers) -> dict[str, Tensor]:
+    config = TrainingConfig()
+    sharding = parallelize(draft, config, workers)
+    prepared = [
+        tree_map_only(Tensor, lambda tensor: tensor.to(workers.device), draft.prepare(batch))
+        for batch in batches[workers.replica :: workers.num_replicas]
+    ]
+    losses, _ = train_step(draft, build_optimizers(sharding, config), prepared, 0.5, workers, sharding)
+    found = {name: value.double().cpu() for name, value in losses._asdict().items()}
+    for piece in sharding.pieces:
+        assert piece.shard.grad is not None
+        found[f"gradient of {piece.name}"] = whole(as_dtensor(piece, piece.shard.grad)).double().cpu()
+    return found
+
+
+def _process(rank: int, num_processes: int, backend: str, work: Callable[[int], Any], directory: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=num_processes)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{directory}/rendezvous", rank=rank, world_size=num_processes)
     try:
         torch.save(work(rank), directory / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-def on_processes(num_processes: int, work: Callable[[int], Any], directory: Path) -> list[Any]:
+def on_processes(
+    num_processes: int, work: Callable[[int], Any], directory: Path, *, backend: str = "gloo"
+) -> list[Any]:
     """What `work(rank)` returns in each of so many processes that can talk to each other."""
-    torch.multiprocessing.spawn(_process, (num_processes, work, directory), nprocs=num_processes)
+    torch.multiprocessing.spawn(_process, (num_processes, backend, work, directory), nprocs=num_processes)
     return [torch.load(directory / f"{rank}.pt") for rank in range(num_processes)]
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from torch import Tensor
 
 from specforge_core.manifest_sections import ParallelConfig, TrainingConfig
 from specforge_core.training.optim import build_optimizers
@@ -19,6 +20,9 @@ from tests.training.parallel_cases import (
     Case,
     batches_of_the_cases,
     draft_of_the_cases,
+    on_processes,
+    step_in_bfloat16,
+    step_in_float64,
     trained,
     trained_on,
 )
@@ -55,6 +59,38 @@ def test_four_processes_step_like_one_in_any_mesh(tmp_path: Path):
 @pytest.mark.slow
 def test_three_processes_step_like_one_although_no_rows_divide(tmp_path: Path):
     assert_same(3, [Case(dp=3), Case(cp=3)], tmp_path)
+
+
+@functools.cache
+def errors_alone() -> dict[str, float]:
+    return errors(step_in_bfloat16(Case(), 0))
+
+
+def errors(found: dict[str, Tensor]) -> dict[str, float]:
+    """By name, the norm of what is off from float64, relative to the norm of that."""
+    expected = step_in_float64()
+    return {name: ((value - expected[name]).norm() / expected[name].norm()).item() for name, value in found.items()}
+
+
+def assert_within_the_error_budget(case: Case, directory: Path) -> None:
+    num_gpus = case.dp * case.cp * case.tp
+    if torch.cuda.device_count() < num_gpus:
+        pytest.skip(f"needs {num_gpus} GPUs")
+    for found in on_processes(num_gpus, functools.partial(step_in_bfloat16, case), directory, backend="nccl"):
+        for name, error in errors(found).items():
+            assert error <= 2 * errors_alone()[name] + 1e-4, f"{name}: {error}, alone {errors_alone()[name]}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [Case(dp=2), Case(cp=2), Case(tp=2)], ids=str)
+def test_two_gpus_are_as_exact_as_one(case: Case, tmp_path: Path):
+    assert_within_the_error_budget(case, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [Case(dp=2, cp=2), Case(dp=2, tp=2), Case(cp=2, tp=2)], ids=str)
+def test_four_gpus_are_as_exact_as_one(case: Case, tmp_path: Path):
+    assert_within_the_error_budget(case, tmp_path)
 
 
 def test_the_cases_clip_and_are_uneven():
