@@ -1,8 +1,8 @@
 """Measured rates from `reports/`, as lines: seconds = work * s_per_unit + fixed_s. Torch-free.
 
 A line is what the measurements show: a micro-batch of training takes its useful FLOPs at one rate whatever the draft's
-shape, and some milliseconds more; a request of capture, its FLOPs and some overhead; a step of decoding, the bytes that
-it reads. So rows of other shapes predict a shape that nobody measured.
+shape, and some milliseconds more; a request of capture, its FLOPs and some overhead; a token of an answer, its share of
+the bytes that a step reads and some overhead. So rows of other shapes predict a shape that nobody measured.
 """
 
 import json
@@ -16,6 +16,7 @@ from specforge_core.benchmark.rates_results import Comparison, ServingRates
 from specforge_core.cost.configs import hub_facts
 from specforge_core.cost.hardware import Hardware, find_hardware
 from specforge_core.cost.target_model import TargetModel, target_model
+from specforge_core.facts import BenchmarkResult
 from specforge_core.manifest_sections import TargetConfig
 from specforge_core.training.bench.results import MILLISECONDS, Row, StepRow, TrainingBench
 
@@ -84,8 +85,8 @@ class Rates(NamedTuple):
     """Trained weights; bytes (not seconds) of a pass beside weights, gradients and inputs."""
     captures: tuple[Point, ...]
     """FLOPs of a request; its seconds on one GPU. The work is unknown where the target is."""
-    steps: tuple[Point, ...]
-    """Bytes that a decoding step reads; its seconds on one GPU."""
+    tokens: tuple[Point, ...]
+    """Bytes that a decoding step reads, by the number of tokens that it writes; seconds of one token on one GPU."""
     read_bytes_per_s: float
     write_bytes_per_s: float
     source: str
@@ -100,7 +101,7 @@ def load_rates(directory: Path, hardware: Hardware | None = None) -> Rates:
     benches = [
         TrainingBench.model_validate(values)
         for values in _json_files(directory / "training")
-        if {"rows", "matmul_flops"} <= values.keys() and values["environment"]["gpu"]
+        if {"rows", "matmul_flops", "environment"} <= values.keys() and values["environment"]["gpu"]
     ]
     servings = [
         ServingRates.model_validate(values)
@@ -130,7 +131,10 @@ def load_rates(directory: Path, hardware: Hardware | None = None) -> Rates:
         optimizer_bytes_per_s=_optimizer_rate(ours),
         activation_bytes=tuple(activation_point(row) for row in ours if row.num_supervised >= FULL_PASS_ROWS),
         captures=tuple(p for serving in servings for p in serving_points(serving, "capture", capture_point)),
-        steps=tuple(p for serving in servings for p in serving_points(serving, "regenerate", step_point)),
+        tokens=(
+            *(p for serving in servings for p in serving_points(serving, "regenerate", token_point)),
+            *(p for values in _json_files(directory / "drafts") for p in sweep_points(values, measured)),
+        ),
         read_bytes_per_s=max(map(_read_rate, steps)),
         write_bytes_per_s=min(written),
         source=(
@@ -181,11 +185,36 @@ def capture_point(comparison: Comparison, model: TargetModel, serving: ServingRa
     return Point(flops, median(done.served_s for done in comparison.ours) / one.num_requests, comparison.work)
 
 
-def step_point(comparison: Comparison, model: TargetModel, serving: ServingRates) -> Point:
-    """A step of decoding with all slots taken, the reading of the prompts shared out among the steps."""
+def token_point(comparison: Comparison, model: TargetModel, serving: ServingRates) -> Point:
+    """A token of regeneration with all slots taken, the reading of the prompts shared out among the tokens."""
     slots = served_slots(serving)
-    seconds = median(done.served_s / done.num_tokens for done in comparison.ours) * slots
-    return Point(model.decode_bytes(slots, SERVED_KEYS), seconds, comparison.work)
+    seconds = median(done.served_s / done.num_tokens for done in comparison.ours)
+    return Point(model.decode_bytes(slots, SERVED_KEYS) / slots, seconds, comparison.work)
+
+
+def sweep_points(report: dict[str, Any], hardware: Hardware) -> list[Point]:
+    """Tokens without draft by concurrency, of a draft's report; none unless servers on that one GPU were swept."""
+    result = BenchmarkResult.model_validate(report["benchmark"])
+    gpu = result.environment.gpu
+    if not result.sweep or result.engine != "sglang" or gpu is None or find_hardware(gpu) != hardware:
+        return []
+    captured, sizes = report["hidden_states"], report["vocabulary"]
+    shape = (captured["num_target_layers"], captured["hidden_size"], sizes["target_vocab_size"])
+    models = [target_model(config, TargetConfig(model=name)) for name, config in hub_facts()["configs"].items()]
+    model = next((m for m in models if (m.num_layers, m.width, m.vocab_size) == shape), None)
+    one_gpu = all(len(server.gpus) <= 1 for server in result.servers.values())
+    if model is None or not one_gpu:
+        return []
+    entry = report["lineage"]["entry"]["name"]
+    seconds: dict[int, list[float]] = {}
+    for point in result.sweep:
+        seconds.setdefault(point.serving.concurrency, []).extend(
+            1 / rate for rate in point.baseline_output_tokens_per_s
+        )
+    return [
+        Point(model.decode_bytes(slots, SERVED_KEYS) / slots, median(measured), f"{entry}, {slots} at once")
+        for slots, measured in seconds.items()
+    ]
 
 
 def served_slots(serving: ServingRates) -> int:
@@ -228,4 +257,4 @@ def _read_rate(step: StepRow) -> float:
 
 def _json_files(directory: Path) -> list[dict[str, Any]]:
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("*.json"))]
-    return [values for values in found if isinstance(values, dict) and "environment" in values]
+    return [values for values in found if isinstance(values, dict)]

@@ -51,7 +51,8 @@ class ServerShape(NamedTuple):
         # Not part of the measured overhead, which is that of one GPU.
         latency = NETWORK_LATENCY_S if self.spans_hosts else REDUCTION_LATENCY_S
         waiting = REDUCTIONS_PER_LAYER * self.model.num_layers * latency if self.tensor_parallel > 1 else 0.0
-        return fit_line(rates.steps).seconds(read, speed) + waiting + num_requests * self._reduced_s_per_token()
+        token_s = fit_line(rates.tokens).seconds(read / num_requests, speed) + self._reduced_s_per_token()
+        return num_requests * token_s + waiting
 
     def _reduced_s_per_token(self) -> float:
         """Of the sums over the server's GPUs, each of which sends and receives 2 (n - 1) / n of them."""

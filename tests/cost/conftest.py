@@ -23,7 +23,7 @@ RATES = Rates(
     # 500 TFLOP/s.
     captures=(Point(500e12, 1.0),),
     # 1 TB/s.
-    steps=(Point(1e12, 1.0),),
+    tokens=(Point(1e12, 1.0),),
     read_bytes_per_s=1e12,
     write_bytes_per_s=1e12,
     source="made up",

@@ -1,12 +1,17 @@
 """Lines through measurements, and how well the recorded ones predict each other."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from specforge_core.cost.check import ALLOWED_ERROR, held_out, recorded_checks
+from specforge_core.cost.configs import hub_facts
 from specforge_core.cost.hardware import find_hardware
-from specforge_core.cost.rates import Line, Point, Rates, fit_line, load_rates
+from specforge_core.cost.rates import Line, Point, Rates, fit_line, load_rates, sweep_points
+from specforge_core.cost.target_model import target_model
+from specforge_core.facts import SweepPoint
+from specforge_core.manifest_sections import ServingConfig, TargetConfig
 
 REPORTS = Path(__file__).parents[2] / "reports"
 
@@ -72,3 +77,32 @@ def test_gpus_go_by_their_own_name_and_by_the_drivers() -> None:
     assert find_hardware("NVIDIA A100-SXM4-40GB").name == "a100-40gb"
     with pytest.raises(ValueError, match='no figures of the GPU "tpu"; there are those of h100-pcie, h100'):
         find_hardware("tpu")
+
+
+def test_a_sweep_of_servers_adds_a_point_for_each_load(rates: Rates) -> None:
+    report = json.loads((REPORTS / "drafts" / "demo.json").read_text(encoding="utf-8"))
+    model = target_model(hub_facts()["configs"]["meta-llama/Llama-3.1-8B-Instruct"], TargetConfig(model="any"))
+    # A step takes 6 ms for the weights at 2.5 TB/s, and 0.1 ms for each request.
+    seconds = {slots: model.decode_bytes(slots, 128) / 2.5e12 / slots + 1e-4 for slots in (1, 8, 64)}
+    report["benchmark"] |= {
+        "engine": "sglang",
+        "environment": report["benchmark"]["environment"] | {"gpu": "NVIDIA H100 80GB HBM3"},
+        "sweep": [
+            SweepPoint(
+                serving=ServingConfig(concurrency=slots),
+                num_requests=1,
+                num_output_tokens=1,
+                num_verify_steps=1,
+                baseline_output_tokens_per_s=(1 / token_s, 1 / token_s),
+                output_tokens_per_s=(1.0,),
+            ).model_dump(mode="json")
+            for slots, token_s in seconds.items()
+        ],
+    }
+    assert sweep_points(report, rates.hardware) == []
+    report["hidden_states"] |= {"num_target_layers": 32, "hidden_size": 4096}
+    report["vocabulary"] |= {"target_vocab_size": 128_256}
+    points = sweep_points(report, rates.hardware)
+    assert [point.name for point in points] == ["demo, 1 at once", "demo, 8 at once", "demo, 64 at once"]
+    assert fit_line(points) == pytest.approx(Line(1 / 2.5e12, 1e-4))
+    assert sweep_points(report, find_hardware("h200")) == []

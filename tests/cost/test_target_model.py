@@ -22,7 +22,13 @@ PUBLISHED = {
     "openai/gpt-oss-120b": (116.83e9, 5.13e9),
     "moonshotai/Kimi-K2-Instruct": (1026.4e9, 31.7e9),
 }
-SMALL: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96}
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 96,
+}
 
 
 def shipped(name: str) -> TargetModel:
