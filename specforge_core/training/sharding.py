@@ -6,7 +6,8 @@ the rows that a process answers for, which holds their optimizer state alone; st
 Vectors, and matrices whose optimizer wants them whole or whose rows do not divide, are added up and stepped everywhere.
 
 Bytes for P weights on N processes, beside activations: 4 P weights + 4 P gradients + 2 P copies in bfloat16 + 8 P / N
-moments of AdamW. For P = 1.5e9 (width 8,192) that is 21 GB at N = 2. Traffic is 8 P a step, that of one all-reduce.
+moments of AdamW. For the draft of a 70B target (width 8,192, P = 1.4e9) that is 20 GB at N = 2. Traffic is that of one
+all-reduce in float32 a step.
 
 Refused: FSDP2, whose hooks reduce what autograd leaves in `.grad`, while our passes add float32 products to it by hand,
 and which would need its private accumulators for that; and float32 weights in shards too (gathered in bfloat16), which
