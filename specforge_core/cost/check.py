@@ -11,6 +11,7 @@ The status is 1 if one of them is further off than allowed.
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from rich.table import Table
 from specforge_core.artifacts import Store
 from specforge_core.cost.entry import CostPlanner
 from specforge_core.cost.estimate import EntryCost
-from specforge_core.cost.rates import Point, Rates, fit_line, load_rates
+from specforge_core.cost.rates import ADAMW_BYTES, Point, Rates, StepRun, fit_line, load_rates
 from specforge_core.cost.units import duration, quantity
 from specforge_core.ledger import last_artifact
 from specforge_core.manifest import Manifest, ManifestEntry
@@ -61,7 +62,11 @@ def recorded_checks(rates: Rates) -> list[Check]:
     }
     checks = [check for kind, points in kinds.items() for check in held_out(kind, points)]
     memory = held_out("memory of a training pass", rates.activation_bytes)
-    return [*checks, *(check._replace(show=lambda size: f"{quantity(size)}B") for check in memory)]
+    return [
+        *checks,
+        *map(partial(_step_check, rates), rates.step_runs),
+        *(check._replace(show=lambda size: f"{quantity(size)}B") for check in memory),
+    ]
 
 
 def held_out(kind: str, points: Sequence[Point]) -> Iterator[Check]:
@@ -74,9 +79,17 @@ def held_out(kind: str, points: Sequence[Point]) -> Iterator[Check]:
             yield Check(f"{kind}, {left_out.name}", predicted, left_out.beside + left_out.seconds, milliseconds)
 
 
+def _step_check(rates: Rates, run: StepRun) -> Check:
+    """Whole steps from the disk, predicted from passes of other shapes."""
+    line = fit_line([point for point in rates.passes if not run.name.startswith(point.name)])
+    predicted = run.flops * line.s_per_unit + run.num_passes * line.fixed_s
+    predicted += run.num_steps * ADAMW_BYTES * run.num_weights / rates.optimizer_bytes_per_s
+    return Check(f"training, {run.name}", predicted, run.seconds, milliseconds)
+
+
 def milliseconds(seconds: float) -> str:
-    """For what is shorter than a second."""
-    return f"{1e3 * seconds:.3g} ms"
+    """For what is about a second or shorter."""
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def build_checks(entry: ManifestEntry, cost: EntryCost, store: Store) -> list[Check]:

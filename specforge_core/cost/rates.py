@@ -73,6 +73,18 @@ def fit_line(points: Sequence[Point]) -> Line:
     return Line(sum(x) / xx, 0.0)
 
 
+class StepRun(NamedTuple):
+    """A recorded run of whole training steps, from the disk, with optimizer."""
+
+    name: str
+    flops: float
+    """Useful ones, by those of a batch of the same kind."""
+    num_passes: int
+    num_steps: int
+    num_weights: float
+    seconds: float
+
+
 class Rates(NamedTuple):
     """All measurements of one kind of GPU."""
 
@@ -87,6 +99,8 @@ class Rates(NamedTuple):
     """FLOPs of a request; its seconds on one GPU. The work is unknown where the target is."""
     tokens: tuple[Point, ...]
     """Bytes that a decoding step reads, by the number of tokens that it writes; seconds of one token on one GPU."""
+    step_runs: tuple[StepRun, ...]
+    """Not needed for a prediction, but to check some."""
     read_bytes_per_s: float
     write_bytes_per_s: float
     source: str
@@ -135,6 +149,7 @@ def load_rates(directory: Path, hardware: Hardware | None = None) -> Rates:
             *(p for serving in servings for p in serving_points(serving, "regenerate", token_point)),
             *(p for values in _json_files(directory / "drafts") for p in sweep_points(values, measured)),
         ),
+        step_runs=tuple(run for bench in benches for run in step_runs(bench)),
         read_bytes_per_s=max(map(_read_rate, steps)),
         write_bytes_per_s=min(written),
         source=(
@@ -167,6 +182,29 @@ def activation_point(row: Row) -> Point:
     """Memory beside what is counted, by trained weights."""
     counted = (row.weight_bytes or 0) + (row.gradient_bytes or 0) + (row.input_bytes or 0)
     return Point((row.gradient_bytes or 0) / GRADIENT_BYTES, (row.peak_bytes or 0) - counted, row.shape, counted)
+
+
+def step_runs(bench: TrainingBench) -> list[StepRun]:
+    """The whole steps of a run of the benchmark that measured batches of the same kinds, too."""
+    runs = []
+    for step in bench.step_rows:
+        alike = [
+            row
+            for row in bench.rows
+            if row.path == OURS and (row.shape, row.lengths, row.share) == (step.shape, step.lengths, step.share)
+        ]
+        for row in alike[:1]:
+            runs.append(
+                StepRun(
+                    name=f"{step.shape}, {step.share:.0%} in answers, {step.micro_batches} passes a step",
+                    flops=row.useful_flops / row.num_tokens * step.num_tokens,
+                    num_passes=step.micro_batches * len(step.step_ms),
+                    num_steps=len(step.step_ms),
+                    num_weights=(row.gradient_bytes or 0) / GRADIENT_BYTES,
+                    seconds=sum(step.step_ms) / MILLISECONDS,
+                )
+            )
+    return runs
 
 
 def serving_points(

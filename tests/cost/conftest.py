@@ -24,6 +24,7 @@ RATES = Rates(
     captures=(Point(500e12, 1.0),),
     # 1 TB/s.
     tokens=(Point(1e12, 1.0),),
+    step_runs=(),
     read_bytes_per_s=1e12,
     write_bytes_per_s=1e12,
     source="made up",

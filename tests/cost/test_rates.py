@@ -40,6 +40,7 @@ def test_every_recorded_row_is_predicted_from_those_of_other_shapes_within_a_qua
     checks = recorded_checks(rates)
     shapes = {"qwen3-8b", "qwen3-30b-a3b", "llama-3.3-70b", "qwen3-235b-a22b", "llama-3.1-8b"}
     assert {f"training pass, {shape}" for shape in shapes} <= {check.what for check in checks}
+    assert "training, llama-3.1-8b, 50% in answers, 8 passes a step" in {check.what for check in checks}
     assert [check for check in checks if not check.is_close] == []
 
 
