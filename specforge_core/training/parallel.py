@@ -70,6 +70,10 @@ def parallelize(draft: DraftModel, config: TrainingConfig, workers: Workers) -> 
     layouts = {
         name: Layout(everyone, (), num_equal=1 if name == BY_ROWS else tp) for name, _ in draft.named_parameters()
     }
+    if cp > 1 or tp > 1:
+        # Another draft may not ask its peers for anything, and all of them would compute all of it.
+        assert isinstance(draft, Eagle3Draft)
+        draft.peers = ProcessPeers(mesh)
     if tp > 1:
         assert isinstance(draft, Eagle3Draft)
         check_splits(draft, config, tp)
@@ -78,8 +82,6 @@ def parallelize(draft: DraftModel, config: TrainingConfig, workers: Workers) -> 
         split = DeviceMesh(device_type, ranks, mesh_dim_names=("tp", "data"))
         layouts |= {name: Layout(split, (Shard(dim),)) for name, dim in TENSOR_PLAN.items()}
         _split_layer(draft, workers.rank % tp, tp)
-    if cp > 1 or tp > 1:
-        draft.peers = ProcessPeers(mesh)
     return Sharding(draft, layouts, whole=muon_parameters(draft, config))
 
 
