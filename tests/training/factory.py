@@ -16,26 +16,33 @@ from specforge_core.facts import HiddenStates, Vocabulary
 from specforge_core.manifest_sections import Eagle3Config, TrainingConfig
 from specforge_core.stages import ResolvedTarget, TrainSpec
 from specforge_core.targets import TargetFeatures
-from tests.drafts.synthetic import KEPT, TARGET_CONFIG, VOCAB_SIZE, WIDTH, make_head
+from tests.drafts.synthetic import KEPT, TARGET_CONFIG, VOCAB_SIZE, make_head
 
 NUM_DOCUMENTS = 60
 LAYERS = (1, 3, 4)
 
 
-def write_features(directory: Path, *, seed: int = 0) -> None:
+def write_features(
+    directory: Path,
+    *,
+    seed: int = 0,
+    head: TargetHead | None = None,
+    config: dict[str, Any] = TARGET_CONFIG,
+) -> None:
     """Documents of 12 to 40 tokens: a prompt of 4, then the target's greedy answer. The target is no language model,
     but the next token follows from the hidden states, so that there is something to learn.
     """
     directory.mkdir()
     generator = torch.Generator().manual_seed(seed)
-    head = make_head()
+    head = head or make_head()
+    vocab_size, width = head.lm_head_VD.shape
     documents, features = [], []
     for number in range(NUM_DOCUMENTS):
         length = int(torch.randint(12, 41, (1,), generator=generator))
-        last_hidden_TD = torch.randn(length, WIDTH, generator=generator)
+        last_hidden_TD = torch.randn(length, width, generator=generator)
         logits_TV = last_hidden_TD @ head.lm_head_VD.T
         argmax_T = logits_TV.argmax(-1)
-        prompt_T = torch.randint(VOCAB_SIZE, (4,), generator=generator)
+        prompt_T = torch.randint(vocab_size, (4,), generator=generator)
         documents.append(
             Document(
                 id=f"document-{number}",
@@ -56,14 +63,14 @@ def write_features(directory: Path, *, seed: int = 0) -> None:
             )
         )
     lengths = [len(document.input_ids_T) for document in documents]
-    writer = FeatureWriter(directory, FeatureIndex(layers=LAYERS, hidden_size=WIDTH, dtype="float32"))
+    writer = FeatureWriter(directory, FeatureIndex(layers=LAYERS, hidden_size=width, dtype="float32"))
     for shard in plan_shards(lengths, 600):
         writer.write([documents[i] for i in shard], [features[i] for i in shard])
-    save_target(directory, TARGET_CONFIG, head)
+    save_target(directory, config, head)
     facts = HiddenStates(
         layers=LAYERS,
         num_target_layers=8,
-        hidden_size=WIDTH,
+        hidden_size=width,
         dtype="float32",
         num_documents=NUM_DOCUMENTS,
         num_tokens=sum(lengths),
@@ -73,13 +80,13 @@ def write_features(directory: Path, *, seed: int = 0) -> None:
     seal(directory, facts, stage="capture", key="features", inputs={}, elapsed_s=0.0)
 
 
-def write_vocabulary(directory: Path) -> None:
-    """`KEPT` as a vocabulary artifact."""
+def write_vocabulary(directory: Path, *, kept: Sequence[int] = KEPT, vocab_size: int = VOCAB_SIZE) -> None:
+    """Those ids as a vocabulary artifact."""
     directory.mkdir()
-    t2d = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
-    t2d[KEPT] = True
-    save_file({"d2t": torch.tensor(KEPT) - torch.arange(len(KEPT)), "t2d": t2d}, directory / VOCABULARY_NAME)
-    facts = Vocabulary(draft_vocab_size=len(KEPT), target_vocab_size=VOCAB_SIZE, coverage=0.7)
+    t2d = torch.zeros(vocab_size, dtype=torch.bool)
+    t2d[kept] = True
+    save_file({"d2t": torch.tensor(kept) - torch.arange(len(kept)), "t2d": t2d}, directory / VOCABULARY_NAME)
+    facts = Vocabulary(draft_vocab_size=len(kept), target_vocab_size=vocab_size, coverage=0.7)
     seal(directory, facts, stage="vocabulary", key="vocabulary", inputs={}, elapsed_s=0.0)
 
 
@@ -118,19 +125,31 @@ GPU_TARGET_CONFIG: dict[str, Any] = {
 }
 
 
-def make_gpu_draft() -> Eagle3Draft:
-    """A draft on the GPU as the trainer sets it up, of sizes that kernels are made for."""
+GPU_DRAFT_CONFIG = Eagle3Config(num_steps=4, draft_vocab_size=512, fc_norm=True, norm_output=True)
+GPU_KEPT = range(64, 576)
+
+
+def make_gpu_head() -> TargetHead:
     torch.manual_seed(0)
     embedding_VD, head_VD = torch.randn(2, GPU_VOCAB_SIZE, GPU_WIDTH)
+    return TargetHead(embedding_VD, head_VD / GPU_WIDTH**0.5, torch.ones(GPU_WIDTH))
+
+
+def make_gpu_draft() -> Eagle3Draft:
+    """A draft on the GPU as the trainer sets it up, of sizes that kernels are made for."""
     draft = Eagle3Draft.create(
-        Eagle3Config(num_steps=4, draft_vocab_size=512, fc_norm=True, norm_output=True),
-        GPU_TARGET_CONFIG,
-        TargetHead(embedding_VD, head_VD / GPU_WIDTH**0.5, torch.ones(GPU_WIDTH)),
-        torch.arange(512) + 64,
-        LAYERS,
+        GPU_DRAFT_CONFIG, GPU_TARGET_CONFIG, make_gpu_head(), torch.tensor(GPU_KEPT), LAYERS
     ).cuda()
     draft.compute_dtype = torch.bfloat16
     return draft
+
+
+def make_gpu_spec(directory: Path, **training: Any) -> TrainSpec:
+    """A training of such a draft, over features and a vocabulary that are written for it."""
+    write_features(directory / "features", head=make_gpu_head(), config=GPU_TARGET_CONFIG)
+    write_vocabulary(directory / "vocabulary", kept=GPU_KEPT, vocab_size=GPU_VOCAB_SIZE)
+    spec = make_spec(directory, **{"learning_rate": 1e-3, **training})
+    return spec.model_copy(update={"draft": GPU_DRAFT_CONFIG, "device": "cuda"})
 
 
 def make_batch(documents: Sequence[tuple[int, int]], *, seed: int, width: int = GPU_WIDTH) -> DraftBatch:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.utils._pytree import tree_map_only
 
 from specforge_core.manifest_sections import TrainingConfig
 from specforge_core.training import checkpoint
@@ -19,6 +21,7 @@ from specforge_core.training.sharding import Sharding
 from specforge_core.training.step import train_step
 from specforge_core.training.workers import Workers
 from tests.drafts.synthetic import make_document, make_draft, pack
+from tests.training.factory import make_batch, make_gpu_draft
 
 CONFIG = TrainingConfig(optimizer="muon", learning_rate=1e-2)
 ALONE = Workers(rank=0, world_size=1, device=torch.device("cpu"))
@@ -161,3 +164,25 @@ def test_a_checkpoint_of_another_spec_is_refused(tmp_path: Path):
     trainee.save(state(1, key="theirs"))
     with pytest.raises(ValueError, match=r"another spec \(key theirs, not mine\)"):
         trainee.checkpointer.load(tmp_path / "step-00000001", key="mine")
+
+
+@pytest.mark.gpu
+def test_a_checkpoint_of_a_gpu_is_written_while_the_gpu_trains_on(tmp_path: Path):
+    workers = Workers(rank=0, world_size=1, device=torch.device("cuda"))
+    draft = make_gpu_draft()
+    batch = tree_map_only(Tensor, Tensor.cuda, draft.prepare(make_batch([(40, 200), (30, 100)], seed=1)))
+    sharding = Sharding(draft)
+    optimizers = build_optimizers(sharding, CONFIG)
+    checkpointer = Checkpointer(tmp_path, sharding, optimizers, workers)
+    for step in (1, 2):
+        # The second one fills the pinned memory of the first again.
+        train_step(draft, optimizers, [batch], 0.5, workers, sharding)
+        checkpointer.save(state(step))
+        expected = {name: parameter.detach().cpu() for name, parameter in draft.named_parameters()}
+        moments = [value.cpu() for optimizer in optimizers for f in optimizer.state.values() for value in f.values()]
+        train_step(draft, optimizers, [batch], 0.5, workers, sharding)
+        checkpointer.finish()
+        checkpointer.load(tmp_path / f"step-{step:08d}", key="mine")
+        assert all(torch.equal(parameter.cpu(), expected[name]) for name, parameter in draft.named_parameters())
+        restored = [value.cpu() for optimizer in optimizers for f in optimizer.state.values() for value in f.values()]
+        assert all(torch.equal(a, b) for a, b in zip(restored, moments, strict=True))

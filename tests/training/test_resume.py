@@ -14,13 +14,13 @@ from tests.training.factory import make_spec
 from tests.training.float64_training import Training, curve, train_all
 from tests.training.parallel_cases import on_processes
 
-STOP_AT = 4
+STOP_AT = 3
 
 
 @pytest.fixture(scope="module")
 def spec(inputs: Path) -> TrainSpec:
     # Five micro-batches a step, which neither two nor four processes share evenly.
-    return make_spec(inputs, tokens_per_batch=240, num_epochs=2, evals_per_run=3, checkpoints_per_run=7)
+    return make_spec(inputs, tokens_per_batch=240, num_epochs=1, evals_per_run=2, checkpoints_per_run=7)
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from specforge_core.artifacts import load_artifact
+from specforge_core.artifacts import PROGRESS_DIRECTORY, load_artifact
 from specforge_core.data.loader import FeatureSet
 from specforge_core.facts import DraftCheckpoint
 from specforge_core.manifest_sections import ParallelConfig
@@ -25,10 +26,8 @@ from specforge_core.training.checkpoint import checkpoints
 from specforge_core.training.metrics import milestones
 from specforge_core.training.train import DRAFT_NAME, main, plan_training
 from tasks.stage import StageError, stage_command
-from tests.training.factory import make_spec
+from tests.training.factory import make_gpu_spec, make_spec
 from tests.training.float64_training import curve
-
-pytestmark = pytest.mark.slow
 
 END_TIMEOUT_S = 90.0
 """torchrun gives processes 30 s to end before it kills them."""
@@ -47,6 +46,27 @@ def command(spec: TrainSpec, out: Path) -> list[str]:
     spec_path = out.with_suffix(".spec.json")
     spec_path.write_text(spec.model_dump_json())
     return stage_command(spec, spec_path, out)
+
+
+def first_checkpoints(spec: TrainSpec) -> list[int]:
+    """The steps of the first two."""
+    num_steps = len(plan_training(FeatureSet(spec.hidden_states), spec.training, 2).steps)
+    return sorted(milestones(num_steps, spec.training.checkpoints_per_run))[:2]
+
+
+def hanging_at(step: int, stage: Sequence[str]) -> list[str]:
+    """The same command with a second process that never ends its part of a checkpoint."""
+    place = stage.index("specforge_core")
+    return [*stage[:place], "tests.training.hanging_save", str(step), "1", *stage[place + 1 :]]
+
+
+def checkpoint_directory(out: Path) -> Path:
+    return out / PROGRESS_DIRECTORY / "checkpoints"
+
+
+def is_half_written(out: Path, step: int) -> bool:
+    """Whether both processes have written what the second never gets done."""
+    return len(list(checkpoint_directory(out).glob(f".step-{step:08d}*/*.distcp"))) == 2
 
 
 def processes_of(out: Path) -> list[psutil.Process]:
@@ -85,6 +105,7 @@ def with_processes(spec: TrainSpec, num_processes: int) -> TrainSpec:
     return spec.model_copy(update={"num_processes": num_processes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [{}, {"cp": 2}, {"tp": 2}], ids=["dp", "cp", "tp"])
 def test_two_processes_train_what_one_trains(parallel: dict[str, int], inputs: Path, tmp_path: Path):
     spec = make_spec(inputs, parallel=ParallelConfig(**parallel))
@@ -94,19 +115,15 @@ def test_two_processes_train_what_one_trains(parallel: dict[str, int], inputs: P
     assert_trained_like_one(make_spec(inputs), tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_a_checkpoint_ends_both_nodes_and_another_start_finishes(
     inputs: Path, tmp_path: Path, two_nodes: None
 ):
     spec = with_processes(make_spec(inputs, num_epochs=2, checkpoints_per_run=8), 1)
-    out, directory = tmp_path / "two", tmp_path / "two/progress/checkpoints"
-    num_steps = len(plan_training(FeatureSet(spec.hidden_states), spec.training, 2).steps)
-    whole, hanging = sorted(milestones(num_steps, spec.training.checkpoints_per_run))[:2]
-    hanging_command = command(spec, out)
-    place = hanging_command.index("specforge_core")
-    hanging_command[place : place + 1] = ["tests.training.hanging_save", str(hanging), "1"]
-    launchers = start([hanging_command] * 2)
-    # The first process has written its part by then, the second never gets done.
-    while len(list(directory.glob(f".step-{hanging:08d}*/*.distcp"))) < 2:
+    out = tmp_path / "two"
+    whole, hanging = first_checkpoints(spec)
+    launchers = start([hanging_at(hanging, command(spec, out))] * 2)
+    while not is_half_written(out, hanging):
         assert all(launcher.poll() is None for launcher in launchers), [one.communicate()[1] for one in launchers]
         time.sleep(0.05)
     (victim,) = [process for process in processes_of(out) if rank_of(process) == "1"]
@@ -115,12 +132,34 @@ def test_a_process_killed_in_a_checkpoint_ends_both_nodes_and_another_start_fini
     assert [launcher.returncode for launcher in launchers] == [1, 1]
     assert any(f"Signal 9 (SIGKILL) received by PID {victim.pid}" in report for report in reports)
     wait_until_gone(out)
-    assert [path.name for path in checkpoints(directory)] == [f"step-{whole:08d}"]
+    assert [path.name for path in checkpoints(checkpoint_directory(out))] == [f"step-{whole:08d}"]
 
     launchers = start([command(spec, out)] * 2)
     reports = [launcher.communicate(timeout=END_TIMEOUT_S)[1] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], reports
     assert_trained_like_one(spec, out, tmp_path / "one")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("parallel", [{}, {"cp": 2}, {"tp": 2}], ids=["dp", "cp", "tp"])
+def test_two_gpus_train_what_one_trains_and_one_goes_on_from_their_checkpoint(parallel: dict[str, int], tmp_path: Path):
+    of_one = make_gpu_spec(tmp_path, num_epochs=4, checkpoints_per_run=4)
+    training = of_one.training.model_copy(update={"parallel": ParallelConfig(**parallel)})
+    of_two = with_processes(of_one, 2).model_copy(update={"training": training})
+    one, two, resumed = (tmp_path / name for name in ("one", "two", "resumed"))
+    _, hanging = first_checkpoints(of_one)
+    hanging_command = hanging_at(hanging, command(of_two, resumed))
+    with SupervisedProcess("two GPUs", hanging_command, log=tmp_path / "interrupted.log") as process:
+        process.wait_ready(lambda: is_half_written(resumed, hanging), END_TIMEOUT_S)
+    for spec, out in ((of_one, resumed), (of_one, one), (of_two, two)):
+        subprocess.run(command(spec, out), check=True, timeout=END_TIMEOUT_S)
+    for out in (two, resumed):
+        for theirs, ours in zip(curve(out), curve(one), strict=True):
+            # bfloat16 keeps 8 bits of the weights, of which the order of float32 sums may turn the last.
+            assert theirs["train/loss"] == pytest.approx(ours["train/loss"], rel=1e-2)
+        evaluations = [curve(directory)[-1] for directory in (out, one)]
+        assert evaluations[0]["eval/loss"] == pytest.approx(evaluations[1]["eval/loss"], rel=1e-2)
 
 
 def failure(spec: TrainSpec, out: Path) -> str:
@@ -134,6 +173,7 @@ def failure(spec: TrainSpec, out: Path) -> str:
     return str(StageError("train", caught.value, log))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("training", "said"),
     [

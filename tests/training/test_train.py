@@ -70,11 +70,26 @@ def test_the_draft_learns_and_its_facts_are_those_of_the_last_evaluation(undistu
     assert len(facts.eval_acceptance) == 3
 
 
+def test_the_draft_that_leaves_the_stage_is_the_one_of_the_best_evaluation(inputs: Path, tmp_path: Path):
+    # The learning rate rises nearly to the end, far beyond what throws the draft back from what it has learnt.
+    spec = make_spec(inputs, learning_rate=0.5, warmup_fraction=0.9, evals_per_run=4)
+    facts = run(spec, tmp_path / "out")
+    evaluations = [line for line in metrics(tmp_path / "out") if "eval/loss" in line]
+    best = max(evaluations, key=lambda line: line["eval/acceptance_length"])
+    assert best["step"] < evaluations[-1]["step"], "the last is the best, so nothing is shown"
+    assert facts.step == best["step"]
+    assert (facts.eval_acceptance_length, facts.eval_loss) == (best["eval/acceptance_length"], best["eval/loss"])
+    assert facts.tokens_seen < 0.9 * tokens_of_an_epoch(spec)
+
+
+def tokens_of_an_epoch(spec: TrainSpec) -> int:
+    features = FeatureSet(spec.hidden_states)
+    return sum(features.lengths[i] for i in features.split(0.2).train)
+
+
 def test_every_packed_token_is_counted(undisturbed):
     spec, _, facts = undisturbed
-    features = FeatureSet(spec.hidden_states)
-    tokens_of_an_epoch = sum(features.lengths[i] for i in features.split(0.2).train)
-    assert facts.tokens_seen == 2 * tokens_of_an_epoch
+    assert facts.tokens_seen == 2 * tokens_of_an_epoch(spec)
 
 
 def test_the_output_is_a_draft_that_can_be_decoded_with(undisturbed):
