@@ -4,8 +4,8 @@
     torchrun --standalone --nproc-per-node=2 -m specforge_core.training.bench.several --cases dp long wide longest
 
 A step is `train_step` with gradient reduction, norm, clipping and fused AdamW, on batches in the GPU's memory. One GPU
-is the first of them while the others wait. Every row that is done is in the report at once: the longest document that
-fits is the last one of `longest`, which ends when the memory does.
+is the first of them while the others wait. Every row that is done is in the report at once. The cases `longest` double the
+document up to 262,144 tokens, twice what the target reads, where one GPU takes half a minute a step: fewer `--steps`.
 """
 
 import argparse
@@ -76,7 +76,7 @@ CASES = {
         Case(Work("llama-3.3-70b", 8192, 4096, 1), ("dp", "tp")),
         Case(Work("llama-3.3-70b", 8192, 4096, 8), ("dp",)),
     ),
-    "longest": tuple(Case(Work("llama-3.1-8b", 2**k, 2**k, 1), ("cp",)) for k in range(16, 22)),
+    "longest": tuple(Case(Work("llama-3.1-8b", 2**k, 2**k, 1), ("cp",)) for k in range(16, 19)),
     "tiny": (Case(Work("tiny", 128, 64, 2), ("dp", "cp", "tp")),),
 }
 
