@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node=2 -m specforge_core.training.bench.several --cases dp long wide longest
 
 A step is `train_step` with gradient reduction, norm, clipping and fused AdamW, on batches in the GPU's memory. One GPU
-is the first of them while the others wait. Every row that is done is in the report at once. The cases `longest` double the
+is the first of them while the others wait. Every row that is done is in the report at once. `longest` doubles the
 document up to 262,144 tokens, twice what the target reads, where one GPU takes half a minute a step: fewer `--steps`.
 """
 
