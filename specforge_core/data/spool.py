@@ -126,6 +126,12 @@ class SpoolWriter:
         production = Production(self._num_tokens, time.monotonic() - self._started_at, self._waited_s)
         _replace(self._directory / PRODUCTION_NAME, json.dumps(production._asdict()))
 
+    def wait_until_used(self) -> None:
+        """Return when every item is done with, and deleted."""
+        while self._sizes:
+            time.sleep(POLL_S)
+            self._drop_used()
+
     def _held_bytes(self) -> int:
         return sum(self._sizes.values())
 
@@ -208,7 +214,7 @@ def spool_folder(max_bytes: int, *, fallback: Path) -> Iterator[Path]:
     fallback.mkdir(parents=True, exist_ok=True)
     parents = [parent for parent in (MEMORY, fallback) if parent.is_dir()]
     for parent in parents:
-        _remove_leftovers(parent)
+        remove_leftovers(parent)
     free = {parent: int(ROOM_SHARE * shutil.disk_usage(parent).free) for parent in parents}
     roomy = [parent for parent in parents if free[parent] >= max_bytes]
     if not roomy:
@@ -231,7 +237,8 @@ def spool_folder(max_bytes: int, *, fallback: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _remove_leftovers(parent: Path) -> None:
+def remove_leftovers(parent: Path) -> None:
+    """Remove the spools there whose first reader is gone."""
     for folder in parent.glob(f"{PREFIX}*"):
         lock = os.open(folder, os.O_RDONLY)
         try:

@@ -21,7 +21,7 @@ from specforge_core.benchmark.server import gpu_groups
 from specforge_core.benchmark.server_flags import target_options
 from specforge_core.benchmark.stage_servers import stage_servers
 from specforge_core.data.shards import Document, FeatureIndex, FeatureWriter, load_index
-from specforge_core.data.spool import Order, SpoolWriter
+from specforge_core.data.spool import Order, SpoolWriter, remove_leftovers
 from specforge_core.facts import Record
 from specforge_core.gpus import visible_devices
 from specforge_core.progress import progress
@@ -78,6 +78,8 @@ def produce(spec: TrainSpec, spool: Path, out: Path) -> None:
             filled = shards.fill(number, item, features_of(item))
             writer.add(number, filled.partial, num_tokens=num_tokens)
             bar.update(num_tokens)
+    # Without the target by now. Somebody has to be there to tidy up if the trainer dies.
+    writer.wait_until_used()
 
 
 @contextmanager
@@ -145,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USER_ERROR_STATUS
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # Gigabytes of memory, and a trainer that was killed cannot remove them. One that lives holds a lock.
+        remove_leftovers(args.spool.parent)
     return 0
 
 

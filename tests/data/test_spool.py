@@ -35,6 +35,7 @@ for number in writer.to_make():
     writer.add(number, partial, num_tokens=1)
     with Path(directory, "journal").open("a") as journal:
         journal.write(f"{{number}}\\n")
+writer.wait_until_used()
 """
 
 
@@ -136,6 +137,7 @@ def test_a_slow_reader_holds_the_producer_up(tmp_path: Path) -> None:
     for number in range(1, 20):
         assert read(reader, number) == number
     assert producer.wait() == 0
+    assert items(tmp_path) == []
     production = reader.production()
     assert production is not None
     assert production.num_tokens == 20

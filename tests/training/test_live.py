@@ -236,8 +236,9 @@ def test_the_result_is_that_of_stored_features_though_producer_and_trainer_are_k
     producer = psutil.Process(made(tmp_path)[-1][0])
     trainer.kill()
     trainer.wait()
-    # It has nobody to produce for.
+    # It has nobody to produce for, and takes the folder in memory with it.
     producer.wait(timeout=20)
+    assert list((tmp_path / "memory").iterdir()) == []
     assert killed
     assert killed != producer.pid
     numbers = Counter(number for _, number in made(tmp_path))
