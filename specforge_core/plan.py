@@ -90,7 +90,10 @@ def vocabulary_spec(recipe: Recipe, conversations: Artifact[Conversations]) -> V
 
 
 def capture_spec(recipe: Recipe, conversations: Artifact[Conversations]) -> CaptureSpec:
-    """The target's hidden states on those conversations, from servers that load the hook and share a folder."""
+    """The target's hidden states on those conversations, from servers that load the hook and share a folder.
+
+    Where features are live, only on those that are held out, which every evaluation reads again.
+    """
     entry = recipe.entry
     return CaptureSpec(
         target=recipe.target,
@@ -100,6 +103,7 @@ def capture_spec(recipe: Recipe, conversations: Artifact[Conversations]) -> Capt
         aux_layers=entry.draft.aux_layers,
         features=entry.features,
         max_document_tokens=entry.training.max_document_tokens,
+        held_out_fraction=entry.training.eval_fraction if entry.features.mode == "live" else None,
         device=recipe.device,
     )
 

@@ -178,6 +178,8 @@ class CaptureSpec(StageSpec):
     aux_layers: tuple[int, ...] | None
     features: FeaturesConfig
     max_document_tokens: int
+    held_out_fraction: Annotated[float | None, OPTIONAL] = None
+    """Only the documents that are held out of training (`data.loader.is_held_out`); None: all."""
     batch_tokens: Annotated[int, EXECUTION] = 8192
 
 

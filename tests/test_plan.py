@@ -201,6 +201,8 @@ def test_live_features_put_the_target_beside_the_training(
     inputs = [built[name] for name in STEPS["train"].reads]
     stored_spec, spec = STEPS["train"].make_spec(recipe, *inputs), STEPS["train"].make_spec(live, *inputs)
     assert (stored_spec.live, stored_spec.conversations) == (None, None)
+    assert capture_spec(recipe, built["regenerate"]).held_out_fraction is None
+    assert capture_spec(live, built["regenerate"]).held_out_fraction == entry.training.eval_fraction
     assert spec.num_processes == 6
     assert spec.conversations == built["regenerate"].path
     assert (spec.live.serve_gpus, spec.live.buffer_gib) == (2, 3.0)

@@ -146,6 +146,8 @@ def test_live_features_change_the_key_of_a_training_and_leave_those_without_as_t
 ) -> None:
     stored = specs["train"]
     # As digests were made before there were any.
+    assert "held_out_fraction" not in key_fields(specs["capture"])
+    assert changed(specs["capture"], held_out_fraction=0.02) != specs["capture"].key()
     assert set(key_fields(stored)) == {"target", "draft", "training"}
     assert set(stored.inputs()) == {"hidden_states", "vocabulary"}
     live = LiveSource(engine=UnmeasuredEngine(name="sglang"))

@@ -70,7 +70,7 @@ class DocumentSet(ABC):
 
         So a document stays on its side when others are added. Raises: ValueError if a side would be empty.
         """
-        held_out = [_uniform(document_id) < eval_fraction for document_id in self.document_ids]
+        held_out = [is_held_out(document_id, eval_fraction) for document_id in self.document_ids]
         split = Split(
             train=[i for i, is_eval in enumerate(held_out) if not is_eval],
             eval=[i for i, is_eval in enumerate(held_out) if is_eval],
@@ -242,9 +242,9 @@ def prefetched(load: Callable[[ItemT], LoadedT], items: Iterable[ItemT]) -> Iter
         pool.shutdown(cancel_futures=True)
 
 
-def _uniform(document_id: str) -> float:
-    """A number in [0, 1) that depends on the id alone."""
-    return int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8]) / 2**64
+def is_held_out(document_id: str, fraction: float) -> bool:
+    """Whether a document is in evaluation and not in training: about `fraction` of all are, by their ids alone."""
+    return int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8]) / 2**64 < fraction
 
 
 def _joined(parts: tuple[Tensor | None, ...], pin_memory: bool) -> Any:

@@ -18,6 +18,7 @@ from specforge_core.benchmark.server import Server, gpu_groups, server_info
 from specforge_core.benchmark.server_flags import target_options
 from specforge_core.benchmark.stage_servers import stage_servers
 from specforge_core.data.conversations import scan_columns
+from specforge_core.data.loader import is_held_out
 from specforge_core.data.shards import (
     Document,
     FeatureIndex,
@@ -32,7 +33,7 @@ from specforge_core.drafts import ALGORITHMS
 from specforge_core.facts import HiddenStates
 from specforge_core.gpus import visible_devices
 from specforge_core.progress import progress
-from specforge_core.stages import CaptureSpec
+from specforge_core.stages import CaptureSpec, ResolvedTarget, UnmeasuredEngine
 from specforge_core.targets import CaptureRequest, TargetFeatures
 from specforge_core.targets.handover import Handover, Layout, Traffic, captured
 from specforge_core.targets.hf import HFTarget
@@ -48,8 +49,8 @@ FeaturesOf = Callable[[Sequence[Document]], Iterable[TargetFeatures]]
 
 
 def main(spec: CaptureSpec, out: Path) -> HiddenStates:
-    """Capture every conversation into `out`; finished shards of an interrupted run are kept."""
-    lengths = document_lengths(spec.conversations, spec.max_document_tokens)
+    """Capture the conversations into `out`; finished shards of an interrupted run are kept."""
+    lengths = document_lengths(spec.conversations, spec.max_document_tokens, spec.held_out_fraction)
     is_served = spec.engine.name == "sglang"
     target = TargetFiles(spec.target) if is_served else HFTarget(spec.target, device=spec.device)
     layers = ALGORITHMS[spec.algorithm].capture_layers(spec.aux_layers, target.num_layers)
@@ -66,8 +67,20 @@ def main(spec: CaptureSpec, out: Path) -> HiddenStates:
         if isinstance(target, HFTarget):
             features_of = partial(_in_process, target, layers, spec.batch_tokens)
         elif todo:
-            layout = Layout(layers, target.config.hidden_size, getattr(torch, spec.target.dtype))
-            features_of = stack.enter_context(_served(spec, out, layout, lengths, todo[0].start))
+            first = todo[0].start
+            stream = stack.enter_context(
+                served_features(
+                    spec.target,
+                    spec.engine,
+                    Layout(layers, target.config.hidden_size, getattr(torch, spec.target.dtype)),
+                    islice(spec_documents(spec), first, None),
+                    longest=max(lengths[first:]),
+                    batch_tokens=spec.batch_tokens,
+                    out=out,
+                )
+            )
+            # One stream over all shards: servers work on the documents of the next one while one ends.
+            features_of = lambda batch: islice(stream, len(batch))  # noqa: E731
         if todo:
             write_shards(spec, writer, todo, features_of, sum(lengths))
     records = writer.index.shards
@@ -96,7 +109,7 @@ def write_shards(
 ) -> None:
     """Fill one shard after the other; meanwhile the ones before go to the disk and are hashed."""
     finished_tokens = sum(shard.num_tokens for shard in writer.index.shards)
-    documents = islice(supervised_documents(spec.conversations, spec.max_document_tokens), todo[0].start, None)
+    documents = islice(spec_documents(spec), todo[0].start, None)
     unfinished: deque[Future[ShardRecord]] = deque()
     with (
         progress(desc="capture", total=num_tokens, unit="token", initial=finished_tokens) as bar,
@@ -120,20 +133,25 @@ def _in_process(
 
 
 @contextmanager
-def _served(spec: CaptureSpec, out: Path, layout: Layout, lengths: Sequence[int], first: int) -> Iterator[FeaturesOf]:
-    """What gives the features of the next documents, out of one stream over all of them from document `first` on.
+def served_features(
+    target: ResolvedTarget,
+    engine: UnmeasuredEngine,
+    layout: Layout,
+    documents: Iterable[Document],
+    *,
+    longest: int,
+    batch_tokens: int,
+    out: Path,
+) -> Iterator[Iterator[TargetFeatures]]:
+    """Features of these documents in order, from servers on all GPUs that this process sees, which work ahead.
 
-    So servers work on the documents of the next shard while one ends.
+    Args: longest: tokens of a document; batch_tokens: of a forward; out: folder for what servers log.
     """
-    longest = max(lengths[first:])
-    documents = islice(supervised_documents(spec.conversations, spec.max_document_tokens), first, None)
-    engine = spec.engine
     num_servers = len(gpu_groups(visible_devices(), engine.tensor_parallel))
-    traffic = Traffic(longest, spec.batch_tokens, num_servers)
-    with Handover(layout, traffic, fallback=out) as handover:
+    with Handover(layout, Traffic(longest, batch_tokens, num_servers), fallback=out) as handover:
         options = {
             **target_options(
-                spec.target,
+                target,
                 tensor_parallel=engine.tensor_parallel,
                 max_running_requests=engine.max_running_requests,
                 mem_fraction_static=engine.mem_fraction_static,
@@ -147,7 +165,7 @@ def _served(spec: CaptureSpec, out: Path, layout: Layout, lengths: Sequence[int]
             closing(captured(handover, servers, map(capture_request, documents))) as stream,
         ):
             refuse_longer(servers, longest)
-            yield lambda batch: islice(stream, len(batch))
+            yield stream
 
 
 def refuse_longer(servers: Sequence[Server], num_tokens: int) -> None:
@@ -168,12 +186,15 @@ def capture_request(document: Document) -> CaptureRequest:
     return CaptureRequest(document.input_ids_T, teaching_in_document(document.loss_mask_T))
 
 
-def read_documents(conversations: Path) -> Iterator[Document]:
-    """All conversations of an artifact, whole, in order."""
+def read_documents(conversations: Path, held_out_fraction: float | None = None) -> Iterator[Document]:
+    """The conversations of an artifact, whole, in order: all, or those that are held out of training."""
     for rows in scan_columns(conversations, ["id", "input_ids", "loss_mask"]):
-        for conversation_id, input_ids, loss_mask in zip(rows["id"], rows["input_ids"], rows["loss_mask"], strict=True):
+        ids = rows["id"].to_pylist()
+        for conversation_id, input_ids, loss_mask in zip(ids, rows["input_ids"], rows["loss_mask"], strict=True):
+            if held_out_fraction is not None and not is_held_out(conversation_id, held_out_fraction):
+                continue
             yield Document(
-                id=conversation_id.as_py(),
+                id=conversation_id,
                 input_ids_T=torch.tensor(input_ids.values.to_numpy(), dtype=torch.int64),
                 loss_mask_T=torch.tensor(loss_mask.values.to_numpy(zero_copy_only=False), dtype=torch.bool),
             )
@@ -184,17 +205,24 @@ def cut(document: Document, max_tokens: int) -> Document:
     return Document(document.id, document.input_ids_T[:max_tokens], document.loss_mask_T[:max_tokens])
 
 
-def supervised_documents(conversations: Path, max_tokens: int) -> Iterator[Document]:
-    """The conversations, cut, that have a supervised token left."""
-    documents = (cut(document, max_tokens) for document in read_documents(conversations))
+def supervised_documents(
+    conversations: Path, max_tokens: int, held_out_fraction: float | None = None
+) -> Iterator[Document]:
+    """The conversations, cut, that have a supervised token left; all, or those that are held out of training."""
+    documents = (cut(document, max_tokens) for document in read_documents(conversations, held_out_fraction))
     return (document for document in documents if document.loss_mask_T.any())
 
 
-def document_lengths(conversations: Path, max_tokens: int) -> list[int]:
+def spec_documents(spec: CaptureSpec) -> Iterator[Document]:
+    """What is to be captured."""
+    return supervised_documents(spec.conversations, spec.max_document_tokens, spec.held_out_fraction)
+
+
+def document_lengths(conversations: Path, max_tokens: int, held_out_fraction: float | None = None) -> list[int]:
     """Tokens of each of the `supervised_documents`; what is cut and left out is logged. Raises: ValueError if none."""
     num_read = num_cut = num_cut_tokens = 0
     lengths: list[int] = []
-    for document in read_documents(conversations):
+    for document in read_documents(conversations, held_out_fraction):
         num_read += 1
         num_cut += len(document.input_ids_T) > max_tokens
         num_cut_tokens += len(document.input_ids_T[max_tokens:])
@@ -202,8 +230,8 @@ def document_lengths(conversations: Path, max_tokens: int) -> list[int]:
             lengths.append(len(document.input_ids_T[:max_tokens]))
     if not lengths:
         raise ValueError(
-            f"none of {num_read} conversations has an answer in its first {max_tokens} tokens; "
-            "raise training.max_document_tokens or add data"
+            f"none of {num_read} conversations{' that are held out' if held_out_fraction else ''} has an answer in its "
+            f"first {max_tokens} tokens; raise training.max_document_tokens or add data"
         )
     logger.info(
         "%d documents of %d tokens; %d conversations cut at %d tokens (%d tokens lost), %d left out without an answer",

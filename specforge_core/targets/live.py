@@ -11,24 +11,20 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import torch
 
-from specforge_core.benchmark.server import gpu_groups
-from specforge_core.benchmark.server_flags import target_options
-from specforge_core.benchmark.stage_servers import stage_servers
 from specforge_core.data.shards import Document, FeatureIndex, FeatureWriter, load_index
 from specforge_core.data.spool import Order, SpoolWriter, remove_leftovers
 from specforge_core.facts import Record
-from specforge_core.gpus import visible_devices
 from specforge_core.progress import progress
 from specforge_core.stages import USER_ERROR_STATUS, LiveSource, TrainSpec
 from specforge_core.targets import TargetFeatures
-from specforge_core.targets.capture import capture_request, refuse_longer, supervised_documents
-from specforge_core.targets.handover import Handover, Layout, Traffic, captured
+from specforge_core.targets.capture import capture_request, served_features, supervised_documents
+from specforge_core.targets.handover import Layout
 from specforge_core.targets.hf import HFTarget
 
 logger = logging.getLogger(__name__)
@@ -88,41 +84,20 @@ def features_in_order(
 ) -> Iterator[FeaturesOf]:
     """What gives the features of one item after the other."""
     if live.engine.name == "sglang":
-        layout = Layout(index.layers, index.hidden_size, getattr(torch, spec.target.dtype))
         documents = [document for item in items for document in item]
-        with served_features(spec, live, layout, documents, out) as stream:
+        with served_features(
+            spec.target,
+            live.engine,
+            Layout(index.layers, index.hidden_size, getattr(torch, spec.target.dtype)),
+            documents,
+            longest=max(len(document.input_ids_T) for document in documents),
+            batch_tokens=live.batch_tokens,
+            out=out,
+        ) as stream:
             yield lambda item: islice(stream, len(item))
         return
     target = HFTarget(spec.target, device=spec.device)
     yield lambda item: target.capture(map(capture_request, item), index.layers, batch_tokens=live.batch_tokens)
-
-
-@contextmanager
-def served_features(
-    spec: TrainSpec, live: LiveSource, layout: Layout, documents: Sequence[Document], out: Path
-) -> Iterator[Iterator[TargetFeatures]]:
-    """Features of these documents in order, from servers on all GPUs that this process sees, which work ahead."""
-    engine = live.engine
-    longest = max(len(document.input_ids_T) for document in documents)
-    num_servers = len(gpu_groups(visible_devices(), engine.tensor_parallel))
-    with Handover(layout, Traffic(longest, live.batch_tokens, num_servers), fallback=out) as handover:
-        options = {
-            **target_options(
-                spec.target,
-                tensor_parallel=engine.tensor_parallel,
-                max_running_requests=engine.max_running_requests,
-                mem_fraction_static=engine.mem_fraction_static,
-            ),
-            **handover.options,
-        }
-        with (
-            stage_servers(
-                engine, options, name="features", directory=out, environment=handover.environment, allow_urls=False
-            ) as servers,
-            closing(captured(handover, servers, map(capture_request, documents))) as stream,
-        ):
-            refuse_longer(servers, longest)
-            yield stream
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from specforge_core.__main__ import main as stage
 from specforge_core.artifacts import load_artifact, seal
 from specforge_core.data.conversations import Conversation, write_conversations
+from specforge_core.data.loader import FeatureSet
 from specforge_core.data.shards import Shard, damaged_shards, load_index, load_target_config, load_target_head
 from specforge_core.facts import Conversations, HiddenStates
 from specforge_core.manifest_sections import FeaturesConfig
@@ -103,6 +104,21 @@ def test_shards_are_sealed_by_the_sha256_that_they_were_written_with(tmp_path: P
     (out / shards[1]).write_bytes(b"cut")
     with pytest.raises(ValueError, match=r"shard-00001.safetensors has 3 bytes"):
         capture.known_sha256(out)
+
+
+def test_only_what_is_held_out_of_training_is_captured_where_features_are_live(
+    tmp_path: Path, tiny_target: ResolvedTarget
+):
+    conversations = make_conversations(tmp_path / "conversations", [(2 + i, 4) for i in range(30)])
+    spec = make_spec(tiny_target, conversations)
+    for name, fraction in (("all", None), ("held out", 0.3)):
+        (tmp_path / name).mkdir()
+        capture.main(spec.model_copy(update={"held_out_fraction": fraction}), tmp_path / name)
+    whole, part = FeatureSet(tmp_path / "all"), FeatureSet(tmp_path / "held out")
+    held_out = whole.split(0.3).eval
+    assert 0 < len(held_out) < 30
+    assert part.document_ids == [whole.document_ids[i] for i in held_out]
+    assert part.lengths == [whole.lengths[i] for i in held_out]
 
 
 def test_features_can_be_captured_in_float8(tmp_path: Path, tiny_target: ResolvedTarget):
