@@ -4,10 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-
-# Before torch reads it, and for the processes that tests start: tensors this small only pay for threads, and on a busy
-# machine these wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch
 
 from specforge_core.process import ending
 from specforge_core.stages import ResolvedTarget
@@ -22,6 +19,14 @@ def tiny_target_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_target(tiny_target_dir: Path) -> ResolvedTarget:
     return tiny.resolved(tiny_target_dir)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # Tensors this small only pay for threads, and a busy machine makes them wait for each other.
+    torch.set_num_threads(1)
+    # The same for the processes that tests start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
