@@ -13,12 +13,9 @@ The folder is not for longer than its machine is up, so nothing waits for a disk
 """
 
 import contextlib
-import fcntl
 import json
 import logging
-import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -26,10 +23,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from specforge_core.artifacts import PARTIAL_SUFFIX
+from specforge_core.scratch import MEMORY, locked_folder, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
-MEMORY = Path("/dev/shm")
 PREFIX = "specbundle-spool-"
 ROOM_SHARE = 0.5
 """Of the free space. What servers hand to the producer takes room in the same place."""
@@ -214,7 +211,7 @@ def spool_folder(max_bytes: int, *, fallback: Path) -> Iterator[Path]:
     fallback.mkdir(parents=True, exist_ok=True)
     parents = [parent for parent in (MEMORY, fallback) if parent.is_dir()]
     for parent in parents:
-        remove_leftovers(parent)
+        remove_leftovers(parent, PREFIX)
     free = {parent: int(ROOM_SHARE * shutil.disk_usage(parent).free) for parent in parents}
     roomy = [parent for parent in parents if free[parent] >= max_bytes]
     if not roomy:
@@ -223,33 +220,8 @@ def spool_folder(max_bytes: int, *, fallback: Path) -> Iterator[Path]:
             f"features.buffer_gib={max_bytes / 2**30:g} does not fit: of the free space half may be used, and "
             f"{rooms} GiB of that; lower it, or make room"
         )
-    # Renamed once it is locked: a folder without a lock is a leftover.
-    hidden = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=roomy[0]))
-    lock = os.open(hidden, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        folder = hidden.rename(roomy[0] / hidden.name.removeprefix("."))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
-
-
-def remove_leftovers(parent: Path) -> None:
-    """Remove the spools there whose first reader is gone."""
-    for folder in parent.glob(f"{PREFIX}*"):
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        else:
-            logger.info("removing %s, left by a run that was cut short", folder)
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(lock)
+    with locked_folder(roomy[0], PREFIX) as folder:
+        yield folder
 
 
 def _name(number: int) -> str:

@@ -12,13 +12,11 @@ T tokens of one document, U teaching tokens of it, L captured layers, D target w
 """
 
 import contextlib
-import fcntl
 import itertools
 import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -32,13 +30,13 @@ from specforge_core.benchmark.client import Job, Reply, RequestFailed, RequestRe
 from specforge_core.benchmark.server import Server
 from specforge_core.benchmark.server_flags import Options
 from specforge_core.data.shards import NUM_COPIERS
+from specforge_core.scratch import MEMORY, locked_folder, remove_leftovers
 from specforge_core.targets import CaptureRequest, TargetFeatures, sglang_hook
 from specforge_core.targets.forward_files import ForwardFiles, Layout
 from specforge_core.targets.sglang_hook import request_id, wanted
 
 logger = logging.getLogger(__name__)
 
-MEMORY = Path("/dev/shm")
 PREFIX = "specbundle-capture-"
 HOOK_MODULE = "sglang_hook"
 IN_FLIGHT_BATCHES = 6
@@ -96,12 +94,6 @@ class _Room(NamedTuple):
     num_tokens: int
 
 
-class _Folder(NamedTuple):
-    path: Path
-    lock: int
-    """File descriptor."""
-
-
 class Handover:
     """The folder between servers and this process, as a context manager."""
 
@@ -115,12 +107,10 @@ class Handover:
         """Raises: ValueError if there is no room for the longest document anywhere."""
         parents = [parent for parent in (MEMORY, self._fallback) if parent.is_dir()]
         for parent in parents:
-            remove_leftovers(parent)
+            remove_leftovers(parent, PREFIX)
         with contextlib.ExitStack() as stack:
             parent, self.in_flight_tokens = _choose(parents, self._traffic, self._layout.token_bytes)
-            self._folder, lock = _make_folder(parent)
-            stack.callback(os.close, lock)
-            stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            self._folder = stack.enter_context(locked_folder(parent, PREFIX))
             self._directory = self._folder / "forwards"
             self._directory.mkdir()
             self._forwards = ForwardFiles(self._directory, self._layout)
@@ -279,30 +269,6 @@ def teaching_runs(is_teaching_T: Tensor) -> list[range]:
     padded = torch.nn.functional.pad(is_teaching_T.int(), (1, 1)).diff()
     starts, stops = (padded == 1).nonzero()[:, 0].tolist(), (padded == -1).nonzero()[:, 0].tolist()
     return [range(start, stop) for start, stop in zip(starts, stops, strict=True)]
-
-
-def remove_leftovers(parent: Path) -> None:
-    """Remove the folders there whose makers are gone."""
-    for folder in parent.glob(f"{PREFIX}*"):
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        else:
-            logger.info("removing %s, left by a run that was cut short", folder)
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(lock)
-
-
-def _make_folder(parent: Path) -> _Folder:
-    """A new folder that `remove_leftovers` leaves alone while this process lives."""
-    # Renamed once it is locked: a folder without a lock is a leftover.
-    folder = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=parent))
-    lock = os.open(folder, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    return _Folder(folder.rename(parent / folder.name.removeprefix(".")), lock)
 
 
 def _choose(parents: Sequence[Path], traffic: Traffic, token_bytes: int) -> _Room:

@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 from specforge_core.data.shards import Document, FeatureIndex, FeatureWriter, load_index
-from specforge_core.data.spool import Order, SpoolWriter, remove_leftovers
+from specforge_core.data.spool import PREFIX, Order, SpoolWriter
 from specforge_core.facts import Record
 from specforge_core.progress import progress
+from specforge_core.scratch import remove_leftovers
 from specforge_core.stages import USER_ERROR_STATUS, LiveSource, TrainSpec
 from specforge_core.targets import TargetFeatures
 from specforge_core.targets.capture import capture_request, served_features, supervised_documents
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         # Gigabytes of memory, and a trainer that was killed cannot remove them. One that lives holds a lock.
-        remove_leftovers(args.spool.parent)
+        remove_leftovers(args.spool.parent, PREFIX)
     return 0
 
 

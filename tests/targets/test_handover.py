@@ -83,7 +83,8 @@ def test_what_killed_runs_left_is_removed_and_what_others_use_is_not(folders: tu
     program = (
         "import sys, os, torch; from pathlib import Path; from specforge_core.targets import handover as h;"
         "h.MEMORY = Path(sys.argv[1]);"
-        "h.Handover(h.Layout((1,), 8, torch.float32), h.Traffic(8, 8, 1), fallback=Path(sys.argv[2])).__enter__();"
+        "opened = h.Handover(h.Layout((1,), 8, torch.float32), h.Traffic(8, 8, 1), fallback=Path(sys.argv[2]));"
+        "opened.__enter__();"
         "os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", program, str(memory), str(disk)], check=False)
