@@ -64,6 +64,7 @@ MAX_NEW_TOKENS = 96
 NUM_DOCUMENTS = 1500 if DEVICE == "cuda" else 60
 DOCUMENT_SHAPE = (70, 90)
 TOKENS_PER_SHARD = 16_384 if DEVICE == "cuda" else 2048
+TREE = ServingConfig(num_steps=2, topk=2, num_draft_tokens=4)
 DEADLINE_S = 500.0
 POLL_S = 0.01
 # Several servers share the GPU, and each would take half of what is free.
@@ -237,7 +238,7 @@ def killed(
                 engine=ServedEngine(**engine),
                 draft=draft,
                 conversations=documents,
-                benchmark=ResolvedBenchmark(suites=(suite,), serving=(ServingConfig(),), repeats=2),
+                benchmark=ResolvedBenchmark(suites=(suite,), serving=(ServingConfig(), TREE), repeats=2),
                 hardware="any",
                 device=DEVICE,
             ),
@@ -318,11 +319,12 @@ def test_captured_features_are_those_of_the_target(
 def test_the_benchmark_is_complete(killed: dict[str, Killed]) -> None:
     stage = killed["benchmark"]
     result = BenchmarkResult.model_validate(stage.facts)
-    (measurement,) = result.measurements
-    assert stage.num_restarts == {"baseline-0": 0, "3-1-4-0": 1}
-    assert {name: record.num_restarts for name, record in result.servers.items()} == {"baseline": 0, "3-1-4": 1}
-    assert measurement.num_prompts == NUM_TEST_PROMPTS
-    assert len(measurement.output_tokens_per_s) == len(measurement.baseline_output_tokens_per_s) == 2
-    assert measurement.lossless is not None
-    assert measurement.lossless.num_different == 0
-    assert measurement.lossless.num_identical + measurement.lossless.num_near_tie == NUM_TEST_PROMPTS
+    assert stage.num_restarts == {"baseline-0": 0, "3-1-4-0": 1, "2-2-4-0": 0}
+    assert {name: one.num_restarts for name, one in result.servers.items()} == {"baseline": 0, "3-1-4": 1, "2-2-4": 0}
+    assert [measurement.serving.chain() for measurement in result.measurements] == ["3-1-4", "2-2-4"]
+    for measurement in result.measurements:
+        assert measurement.num_prompts == NUM_TEST_PROMPTS
+        assert len(measurement.output_tokens_per_s) == len(measurement.baseline_output_tokens_per_s) == 2
+        assert measurement.lossless is not None
+        assert measurement.lossless.num_different == 0
+        assert measurement.lossless.num_identical + measurement.lossless.num_near_tie == NUM_TEST_PROMPTS
