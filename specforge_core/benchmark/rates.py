@@ -30,7 +30,7 @@ from specforge_core.benchmark.server_flags import Options
 from specforge_core.demo.inflated import inflated_target
 from specforge_core.environment import environment, hardware_stem
 from specforge_core.gpus import list_gpus, visible_devices
-from specforge_core.manifest_sections import BUILTIN_DEMO, FeatureDtype, FeaturesConfig, TargetConfig
+from specforge_core.manifest_sections import BUILTIN_DEMO, EngineConfig, FeatureDtype, FeaturesConfig, TargetConfig
 from specforge_core.stages import ResolvedSource, ResolvedTarget
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> ServingRates:
     """The result, written after each comparison."""
     target = ResolvedTarget(model=str(arguments.target.absolute()), content_id=UNPINNED, dtype=arguments.dtype)
     config = AutoConfig.from_pretrained(target.model).get_text_config()
+    engine = EngineConfig(max_running_requests=arguments.max_running_requests, mem_fraction_static=MEM_FRACTION_STATIC)
     rates = _begin(arguments, config, scratch)
     stem = arguments.name or hardware_stem(rates.environment)
     with ExitStack() as stack:
@@ -69,8 +70,8 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> ServingRates:
             capture = _capture_rates(arguments, target, config, scratch)
             stack.enter_context(capture.handover)
         if REGENERATE in arguments.only:
-            work = RegenerateWork(target, _prompts(arguments), arguments.max_new_tokens, arguments.max_running_requests)
-        launches = _launches(arguments, capture, work)
+            work = RegenerateWork(target, _prompts(arguments), arguments.max_new_tokens, engine)
+        launches = _launches(arguments, engine, capture, work)
         servers = stack.enter_context(_serving(launches, arguments.out / f"{stem}-servers"))
         rates = rates.model_copy(update={"servers": {name: server.record() for name, server in servers.items()}})
         for comparison in _comparisons(arguments, servers, capture, work, scratch):
@@ -116,7 +117,7 @@ def _prompts(arguments: argparse.Namespace) -> ResolvedSource:
 
 
 def _launches(
-    arguments: argparse.Namespace, capture: CaptureRates | None, work: RegenerateWork | None
+    arguments: argparse.Namespace, engine: EngineConfig, capture: CaptureRates | None, work: RegenerateWork | None
 ) -> dict[str, Launch]:
     """How each server is started."""
 
@@ -126,11 +127,11 @@ def _launches(
 
     launches: dict[str, Launch] = {}
     if capture:
-        hooked = capture.options(arguments.max_running_requests, MEM_FRACTION_STATIC)
+        hooked = capture.options(engine)
         launches[CAPTURE] = launch(hooked, capture.handover.environment)
         launches[PLAIN] = launch({flag: value for flag, value in hooked.items() if flag != HOOKS_FLAG})
     if work:
-        launches[REGENERATE] = launch(work.options(MEM_FRACTION_STATIC))
+        launches[REGENERATE] = launch(work.options())
     return launches
 
 

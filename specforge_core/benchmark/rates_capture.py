@@ -24,7 +24,7 @@ from specforge_core.benchmark.server_flags import Options, target_options
 from specforge_core.data.conversations import Conversation, write_conversations
 from specforge_core.data.shards import Document, FeatureIndex, FeatureWriter, plan_shards
 from specforge_core.drafts import ALGORITHMS
-from specforge_core.manifest_sections import FeaturesConfig
+from specforge_core.manifest_sections import EngineConfig, FeaturesConfig
 from specforge_core.stages import CaptureSpec, ResolvedTarget
 from specforge_core.targets import TargetFeatures
 from specforge_core.targets.capture import capture_request, document_lengths, supervised_documents, write_shards
@@ -143,16 +143,10 @@ class CaptureRates:
         self._shards = scratch / "shards"
         self._num_passes = 0
 
-    def options(self, max_running_requests: int, mem_fraction_static: float) -> Options:
+    def options(self, engine: EngineConfig) -> Options:
         """Of the server with the hooks, inside the handover."""
         bounded = {"--max-total-tokens": KV_FORWARDS * self._traffic.forward_tokens}
-        plain = target_options(
-            self._target,
-            tensor_parallel=1,
-            max_running_requests=max_running_requests,
-            mem_fraction_static=mem_fraction_static,
-        )
-        return {**plain, **self.handover.options, **bounded}
+        return {**target_options(self._target, engine), **self.handover.options, **bounded}
 
     def limit(self, server: Server, work: CaptureWork) -> Pass:
         """Plain prefill of all documents."""

@@ -15,6 +15,7 @@ from specforge_core.benchmark.server import Server
 from specforge_core.benchmark.server_flags import Options, target_options
 from specforge_core.data.journal import Exchange, Journal
 from specforge_core.data.regenerate import JOURNAL_NAME, regenerate
+from specforge_core.manifest_sections import EngineConfig
 from specforge_core.stages import RegenerateSpec, ResolvedData, ResolvedSource, ResolvedTarget
 from specforge_core.targets.sglang import SGLangTarget, num_in_flight
 
@@ -29,7 +30,7 @@ class RegenerateWork(NamedTuple):
     target: ResolvedTarget
     source: ResolvedSource
     max_new_tokens: int
-    max_running_requests: int
+    engine: EngineConfig
 
     @property
     def name(self) -> str:
@@ -38,15 +39,9 @@ class RegenerateWork(NamedTuple):
             f"{self.source.limit or 'all'} prompts of {self.source.dataset}, at most {self.max_new_tokens} new tokens"
         )
 
-    def options(self, mem_fraction_static: float) -> Options:
+    def options(self) -> Options:
         """Of the server."""
-        options = target_options(
-            self.target,
-            tensor_parallel=1,
-            max_running_requests=self.max_running_requests,
-            mem_fraction_static=mem_fraction_static,
-        )
-        return {**options, "--max-total-tokens": KV_TOKENS}
+        return {**target_options(self.target, self.engine), "--max-total-tokens": KV_TOKENS}
 
     def spec(self) -> RegenerateSpec:
         """Of the stage."""
@@ -55,7 +50,7 @@ class RegenerateWork(NamedTuple):
             data=ResolvedData(
                 sources=(self.source,), max_prompt_tokens=MAX_PROMPT_TOKENS, max_new_tokens=self.max_new_tokens
             ),
-            batch_size=num_in_flight(self.max_running_requests, 1),
+            batch_size=num_in_flight(self.engine.max_running_requests, 1),
         )
 
 

@@ -145,12 +145,7 @@ class _Bench:
         """A server with this draft, or without; on one group of GPUs, for figures of one server are asked for."""
         engine, name = self.spec.engine, serving.chain() if serving else BASELINE
         options: Options = {
-            **target_options(
-                self.spec.target,
-                tensor_parallel=engine.tensor_parallel,
-                max_running_requests=engine.max_running_requests,
-                mem_fraction_static=engine.mem_fraction_static,
-            ),
+            **target_options(self.spec.target, engine),
             "--max-total-tokens": self.max_total_tokens,
             **(draft_options(self.spec.draft, serving) if serving else {}),
         }

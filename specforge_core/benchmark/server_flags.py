@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from specforge_core.manifest_sections import ServingConfig, TargetConfig
+from specforge_core.manifest_sections import EngineConfig, ServingConfig, TargetConfig
 
 logger = logging.getLogger(__name__)
 
@@ -61,19 +61,14 @@ def model_options(target: TargetConfig, *, tensor_parallel: int) -> Options:
     }
 
 
-def target_options(
-    target: TargetConfig, *, tensor_parallel: int, max_running_requests: int, mem_fraction_static: float
-) -> Options:
-    """The options of a stage's server for this target alone: the baseline.
-
-    Args: max_running_requests: requests decoded at once, and the widest CUDA graph; mem_fraction_static: share of each
-    GPU's memory for weights and KV cache, what is already in use included.
-    """
+def target_options(target: TargetConfig, engine: EngineConfig) -> Options:
+    """The options of a stage's server for this target alone: the baseline."""
     return {
-        **model_options(target, tensor_parallel=tensor_parallel),
-        "--mem-fraction-static": mem_fraction_static,
-        "--max-running-requests": max_running_requests,
-        "--cuda-graph-max-bs-decode": max_running_requests,
+        **model_options(target, tensor_parallel=engine.tensor_parallel),
+        # Of each GPU, for weights and KV cache, what is already in use included.
+        "--mem-fraction-static": engine.mem_fraction_static,
+        "--max-running-requests": engine.max_running_requests,
+        "--cuda-graph-max-bs-decode": engine.max_running_requests,
         # Graphs of the prefill take minutes to make and help short prompts alone.
         "--cuda-graph-backend-prefill": "disabled",
         # The one set of backends that neither compiles at the first request nor needs a package of its own.

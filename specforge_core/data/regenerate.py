@@ -73,13 +73,7 @@ def _served(spec: RegenerateSpec, out: Path) -> Conversations:
     from specforge_core.targets.sglang import SGLangTarget, num_in_flight
 
     engine = spec.engine
-    options = target_options(
-        spec.target,
-        tensor_parallel=engine.tensor_parallel,
-        max_running_requests=engine.max_running_requests,
-        mem_fraction_static=engine.mem_fraction_static,
-    )
-    with stage_servers(engine, options, name="target", directory=out) as servers:
+    with stage_servers(engine, target_options(spec.target, engine), name="target", directory=out) as servers:
         target = SGLangTarget(spec.target, servers)
         batch_size = num_in_flight(engine.max_running_requests, len(servers))
         return regenerate(spec.model_copy(update={"batch_size": batch_size}), target, target.tokenizer, out)

@@ -149,15 +149,7 @@ def served_features(
     """
     num_servers = len(gpu_groups(visible_devices(), engine.tensor_parallel))
     with Handover(layout, Traffic(longest, batch_tokens, num_servers), fallback=out) as handover:
-        options = {
-            **target_options(
-                target,
-                tensor_parallel=engine.tensor_parallel,
-                max_running_requests=engine.max_running_requests,
-                mem_fraction_static=engine.mem_fraction_static,
-            ),
-            **handover.options,
-        }
+        options = {**target_options(target, engine), **handover.options}
         with (
             stage_servers(
                 engine, options, name="capture", directory=out, environment=handover.environment, allow_urls=False

@@ -14,7 +14,7 @@ from specforge_core.benchmark.server_flags import (
     resolve_flags,
     target_options,
 )
-from specforge_core.manifest_sections import ServingConfig
+from specforge_core.manifest_sections import EngineConfig, ServingConfig
 from specforge_core.stages import ResolvedTarget
 from tests.sglang_like import MODULE
 
@@ -87,7 +87,7 @@ def test_all_unknown_required_flags_are_named_at_once() -> None:
 
 def test_baseline_and_draft_server_differ_in_the_draft_alone() -> None:
     target = ResolvedTarget(model="/models/target", content_id="x", revision="abc", dtype="bfloat16")
-    baseline = target_options(target, tensor_parallel=2, max_running_requests=32, mem_fraction_static=0.7)
+    baseline = target_options(target, EngineConfig(tensor_parallel=2, max_running_requests=32, mem_fraction_static=0.7))
     draft = draft_options(Path("/drafts/one"), ServingConfig())
     known = known_flags((sys.executable, "-m", MODULE))
     words = " ".join(resolve_flags({**baseline, **draft}, known).words)

@@ -91,7 +91,7 @@ def test_the_launch_line_says_what_the_measured_server_was_told_and_leaves_its_t
         *("--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", "org/draft"),
         *("--speculative-num-steps", "5", "--speculative-eagle-topk", "4", "--speculative-num-draft-tokens", "16"),
     ]
-    baseline = target_options(TARGET, tensor_parallel=2, max_running_requests=64, mem_fraction_static=0.8)
+    baseline = target_options(TARGET, EngineConfig(tensor_parallel=2, max_running_requests=64, mem_fraction_static=0.8))
     measured = {**baseline, **draft_options("org/draft", serving)}
     given = dict(zip(line[3::2], line[4::2], strict=True))
     assert given.items() <= {flag: str(value) for flag, value in measured.items()}.items()
