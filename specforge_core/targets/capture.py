@@ -46,6 +46,7 @@ MAX_UNFINISHED = 2
 
 
 FeaturesOf = Callable[[Sequence[Document]], Iterable[TargetFeatures]]
+"""Of the documents of one shard, which come in order."""
 
 
 def main(spec: CaptureSpec, out: Path) -> HiddenStates:
@@ -68,7 +69,7 @@ def main(spec: CaptureSpec, out: Path) -> HiddenStates:
             features_of = partial(_in_process, target, layers, spec.batch_tokens)
         elif todo:
             first = todo[0].start
-            stream = stack.enter_context(
+            features_of = stack.enter_context(
                 served_features(
                     spec.target,
                     spec.engine,
@@ -79,8 +80,6 @@ def main(spec: CaptureSpec, out: Path) -> HiddenStates:
                     out=out,
                 )
             )
-            # One stream over all shards: servers work on the documents of the next one while one ends.
-            features_of = lambda batch: islice(stream, len(batch))  # noqa: E731
         if todo:
             write_shards(spec, writer, todo, features_of, sum(lengths))
     records = writer.index.shards
@@ -142,7 +141,7 @@ def served_features(
     longest: int,
     batch_tokens: int,
     out: Path,
-) -> Iterator[Iterator[TargetFeatures]]:
+) -> Iterator[FeaturesOf]:
     """Features of these documents in order, from servers on all GPUs that this process sees, which work ahead.
 
     Args: longest: tokens of a document; batch_tokens: of a forward; out: folder for what servers log.
@@ -157,7 +156,8 @@ def served_features(
             closing(captured(handover, servers, map(capture_request, documents))) as stream,
         ):
             refuse_longer(servers, longest)
-            yield stream
+            # One stream over all shards: servers work on the documents of the next one while one ends.
+            yield lambda batch: islice(stream, len(batch))
 
 
 def refuse_longer(servers: Sequence[Server], num_tokens: int) -> None:

@@ -10,9 +10,8 @@ import logging
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,17 +22,13 @@ from specforge_core.facts import Record
 from specforge_core.progress import progress
 from specforge_core.scratch import remove_leftovers
 from specforge_core.stages import USER_ERROR_STATUS, LiveSource, TrainSpec
-from specforge_core.targets import TargetFeatures
-from specforge_core.targets.capture import capture_request, served_features, supervised_documents
+from specforge_core.targets.capture import FeaturesOf, capture_request, served_features, supervised_documents
 from specforge_core.targets.handover import Layout
 from specforge_core.targets.hf import HFTarget
 
 logger = logging.getLogger(__name__)
 
 REQUEST_NAME = "request.json"
-
-FeaturesOf = Callable[[Sequence[Document]], Iterable[TargetFeatures]]
-"""Of the documents of the next item."""
 
 
 class Request(Record):
@@ -94,8 +89,8 @@ def features_in_order(
             longest=max(len(document.input_ids_T) for document in documents),
             batch_tokens=live.batch_tokens,
             out=out,
-        ) as stream:
-            yield lambda item: islice(stream, len(item))
+        ) as features_of:
+            yield features_of
         return
     target = HFTarget(spec.target, device=spec.device)
     yield lambda item: target.capture(map(capture_request, item), index.layers, batch_tokens=live.batch_tokens)
