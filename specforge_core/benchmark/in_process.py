@@ -11,7 +11,6 @@ from specforge_core.artifacts import METRICS_NAME
 from specforge_core.benchmark.lossless import LosslessCheck
 from specforge_core.benchmark.measure import (
     UNTIMED_BATCH_SIZE,
-    AnswerKey,
     Decode,
     Rounds,
     Run,
@@ -23,7 +22,7 @@ from specforge_core.benchmark.measure import (
     timed_runs,
 )
 from specforge_core.benchmark.recording import REQUESTS_NAME, Recorder, announce, recording, write_result
-from specforge_core.benchmark.suites import Interlocutor, load_references, load_requests
+from specforge_core.benchmark.suites import Interlocutor, suite_workloads
 from specforge_core.data.conversations import scan_columns
 from specforge_core.decoding.drafters import Drafter
 from specforge_core.decoding.eagle3_drafter import load_eagle3_drafter
@@ -32,8 +31,8 @@ from specforge_core.decoding.speculative import Generation, generate
 from specforge_core.decoding.threads import fastest_num_threads, torch_threads
 from specforge_core.environment import environment
 from specforge_core.facts import BenchmarkResult, Environment, Measurement
-from specforge_core.stages import BenchmarkSpec, ResolvedSuite
-from specforge_core.targets import GenerationRequest, Sampling
+from specforge_core.stages import BenchmarkSpec
+from specforge_core.targets import GenerationRequest
 from specforge_core.targets.hf import HFTarget
 
 
@@ -65,19 +64,7 @@ def measure_in_process(spec: BenchmarkSpec, out: Path) -> BenchmarkResult:
         context_length,
         lambda requests, sampling: target.generate(requests, sampling, batch_size=UNTIMED_BATCH_SIZE),
     )
-    workloads = [
-        Workload(
-            suite=suite.name,
-            requests=requests,
-            sampling=Sampling(suite.max_new_tokens, spec.benchmark.temperature, seed=spec.benchmark.seed),
-            serving=serving,
-            repeats=spec.benchmark.repeats,
-            answer_key=key,
-        )
-        for suite in spec.benchmark.suites
-        for requests, key in [(load_requests(suite, interlocutor), answer_key(suite))]
-        for serving in spec.benchmark.serving
-    ]
+    workloads = suite_workloads(spec.benchmark, interlocutor)
     first = workloads[0]
     num_threads = fastest_num_threads(target, first.requests[: first.serving.concurrency])
     measurements = []
@@ -94,11 +81,6 @@ def measure_in_process(spec: BenchmarkSpec, out: Path) -> BenchmarkResult:
     )
     write_result(result, out)
     return result
-
-
-def answer_key(suite: ResolvedSuite) -> AnswerKey | None:
-    """What the suite's answers are checked against; None if they are not."""
-    return AnswerKey(suite.answer.kind, load_references(suite)) if suite.answer else None
 
 
 def made_on(device: str, *, num_threads: int) -> Environment:

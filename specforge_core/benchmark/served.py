@@ -21,7 +21,7 @@ import torch
 
 from specforge_core.artifacts import METRICS_NAME
 from specforge_core.benchmark import server as server_module
-from specforge_core.benchmark.in_process import answer_key, made_on
+from specforge_core.benchmark.in_process import made_on
 from specforge_core.benchmark.load import ServedModel, served_side
 from specforge_core.benchmark.measure import (
     UNTIMED_BATCH_SIZE,
@@ -38,7 +38,7 @@ from specforge_core.benchmark.recording import REQUESTS_NAME, Recorder, announce
 from specforge_core.benchmark.references import MeasuredSuite, with_references
 from specforge_core.benchmark.server import Launch, Server, SupervisedServer, gpu_groups, running_servers, server_info
 from specforge_core.benchmark.server_flags import Options, draft_options, target_options
-from specforge_core.benchmark.suites import Interlocutor, load_requests, longest_request
+from specforge_core.benchmark.suites import Interlocutor, longest_request, suite_workloads
 from specforge_core.decoding.speculative import check_rewindable
 from specforge_core.facts import BenchmarkResult, ServerRecord, SweepPoint
 from specforge_core.gpus import visible_devices
@@ -177,7 +177,6 @@ class _Bench:
 
     def _workloads(self, baseline: Server) -> list[Workload]:
         """Those of the suites, then those of the sweep. Earlier turns of their prompts are had with the baseline."""
-        benchmark = self.spec.benchmark
         target = SGLangTarget(self.spec.target, (baseline,))
 
         def answer(requests: Sequence[GenerationRequest], sampling: Sampling) -> Iterator[Completion]:
@@ -187,20 +186,8 @@ class _Bench:
                 yield completion
 
         interlocutor = Interlocutor(target.tokenizer, self.context_length, answer)
-        requests = {suite.name: load_requests(suite, interlocutor) for suite in benchmark.suites}
-        workloads = [
-            Workload(
-                suite=suite.name,
-                requests=requests[suite.name],
-                sampling=Sampling(suite.max_new_tokens, benchmark.temperature, seed=benchmark.seed),
-                serving=serving,
-                repeats=benchmark.repeats,
-                answer_key=key,
-            )
-            for suite in benchmark.suites
-            for key in [answer_key(suite)]
-            for serving in benchmark.serving
-        ]
+        workloads = suite_workloads(self.spec.benchmark, interlocutor)
+        requests = {workload.suite: workload.requests for workload in workloads}
         return workloads + sweep_workloads(self.spec, list(requests.values()))
 
     def _finish(self, workload: Workload, rounds: Rounds, record: Recorder) -> None:

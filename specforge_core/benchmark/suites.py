@@ -13,9 +13,10 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from specforge_core.benchmark.answers import reference_answer
+from specforge_core.benchmark.measure import AnswerKey, Workload
 from specforge_core.data.chat_template import next_turn_ids, prompt_ids
 from specforge_core.data.prompts import Message, Prompt, load_prompts
-from specforge_core.stages import ResolvedSuite
+from specforge_core.stages import ResolvedBenchmark, ResolvedSuite
 from specforge_core.targets import Completion, GenerationRequest, Sampling
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,28 @@ def load_requests(suite: ResolvedSuite, target: Interlocutor) -> list[Generation
             _go_on(dialogues[completion.id], completion, target)
         asked = [dialogue for dialogue in asked if dialogue.later_questions]
     return [dialogue.request for dialogue in dialogues.values()]
+
+
+def suite_workloads(benchmark: ResolvedBenchmark, target: Interlocutor) -> list[Workload]:
+    """Every suite at every serving configuration. Raises: as `load_requests` and `load_references`."""
+    return [
+        Workload(
+            suite=suite.name,
+            requests=requests,
+            sampling=Sampling(suite.max_new_tokens, benchmark.temperature, seed=benchmark.seed),
+            serving=serving,
+            repeats=benchmark.repeats,
+            answer_key=key,
+        )
+        for suite in benchmark.suites
+        for requests, key in [(load_requests(suite, target), answer_key(suite))]
+        for serving in benchmark.serving
+    ]
+
+
+def answer_key(suite: ResolvedSuite) -> AnswerKey | None:
+    """What the suite's answers are checked against; None if they are not."""
+    return AnswerKey(suite.answer.kind, load_references(suite)) if suite.answer else None
 
 
 def longest_request(suite: ResolvedSuite, tokenizer: PreTrainedTokenizerBase, context_length: int) -> int:
