@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import aiohttp
 
 from specforge_core.benchmark.server import Server
-from specforge_core.targets import FinishReason, Sampling
+from specforge_core.targets import FinishReason, GenerationRequest, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,13 @@ def sampling_params(sampling: Sampling, request_id: str) -> dict[str, Any]:
     if sampling.temperature > 0:
         params["sampling_seed"] = zlib.crc32(f"{sampling.seed}/{request_id}".encode())
     return params
+
+
+def within_context(sampling: Sampling, request: GenerationRequest, context_length: int) -> Sampling:
+    """The sampling, with no more new tokens than the context has room for: a server refuses a request for more."""
+    room = context_length - len(request.input_ids)
+    # At least one: of a prompt that leaves no room the server is to say so.
+    return sampling._replace(max_new_tokens=max(1, min(sampling.max_new_tokens, room)))
 
 
 class _Response(NamedTuple):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import httpx
 
-from specforge_core.benchmark.client import Client, Reply, sampling_params
+from specforge_core.benchmark.client import Client, Reply, sampling_params, within_context
 from specforge_core.benchmark.measure import Decode, Run, Timing, Workload
 from specforge_core.benchmark.server import Server, ServerLost
 from specforge_core.decoding.speculative import Generation
@@ -144,12 +144,6 @@ async def _closed_loop(
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
         return LoadRun(tuple(answered), time.perf_counter() - started_at)
-
-
-def within_context(sampling: Sampling, request: GenerationRequest, context_length: int) -> Sampling:
-    """The sampling, with no more new tokens than the context has room for: a server refuses a request for more."""
-    room = context_length - len(request.input_ids)
-    return sampling._replace(max_new_tokens=max(1, min(sampling.max_new_tokens, room)))
 
 
 def generation_of(request_id: str, reply: Reply, model: ServedModel, elapsed_s: float) -> Generation:

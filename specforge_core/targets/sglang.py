@@ -6,7 +6,7 @@ from functools import partial
 
 from transformers import AutoConfig, GenerationConfig
 
-from specforge_core.benchmark.client import Job, Reply, completed, sampling_params
+from specforge_core.benchmark.client import Job, Reply, completed, sampling_params, within_context
 from specforge_core.benchmark.server import Server
 from specforge_core.data.chat_template import load_tokenizer
 from specforge_core.stages import ResolvedTarget
@@ -48,10 +48,8 @@ class SGLangTarget:
                 yield Refusal(job.rid, str(result))
 
     def _job(self, sampling: Sampling, request: GenerationRequest) -> Job:
-        """The request as the server takes it: it refuses one that might run past the context limit."""
-        room = self.config.max_position_embeddings - len(request.input_ids)
-        # At least one: of a prompt that leaves no room the server is to say so.
-        limited = sampling._replace(max_new_tokens=max(1, min(sampling.max_new_tokens, room)))
+        """The request as the server takes it."""
+        limited = within_context(sampling, request, self.config.max_position_embeddings)
         conversation = request.id.rpartition("/")[0]
         return Job(request.id, request.input_ids, sampling_params(limited, request.id), conversation or None)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from specforge_core.benchmark.client import Reply
-from specforge_core.benchmark.load import ServedModel, flush_cache, generation_of, run_load, served_side, within_context
+from specforge_core.benchmark.client import Reply, within_context
+from specforge_core.benchmark.load import ServedModel, flush_cache, generation_of, run_load, served_side
 from specforge_core.benchmark.measure import Workload
 from specforge_core.benchmark.server import Launch, Server, ServerLost, running_servers, server_info
 from specforge_core.benchmark.server_flags import draft_options
