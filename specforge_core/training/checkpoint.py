@@ -8,8 +8,10 @@ What some processes wrote in one mesh, any others read in theirs. A checkpoint h
 disk, and older ones go after that. All processes write to one folder: several nodes need a file system that they share.
 """
 
+import io
 import logging
 import os
+import pickle
 import shutil
 import time
 import warnings
@@ -17,11 +19,14 @@ from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.optim import Optimizer
@@ -36,6 +41,18 @@ logger = logging.getLogger(__name__)
 NUM_KEPT = 2
 """Newest checkpoints; the best one is kept as well."""
 STATE_NAME = "state.json"
+METADATA_NAMES = frozenset(
+    {
+        ("pathlib", "PosixPath"),
+        ("torch", "Size"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.serialization", "_get_layout"),
+    }
+)
+METADATA_RECORDS = frozenset(
+    name for name, found in vars(dcp_metadata).items() if getattr(found, "__module__", "") == dcp_metadata.__name__
+)
+"""`Metadata` and the classes that it is made of, as this version of torch has them."""
 
 
 class TrainingState(Record):
@@ -126,7 +143,13 @@ class Checkpointer:
             )
         # In place. What is no tensor of these, such as a learning rate, follows from the spec.
         tensors = self._sharding.state(self._optimizers)
-        dcp.load(tensors, checkpoint_id=path, process_group=self._group, no_dist=self._group is None)
+        dcp.load(
+            tensors,
+            storage_reader=_Reader(path),
+            planner=_TensorsOnly(),
+            process_group=self._group,
+            no_dist=self._group is None,
+        )
         self._sharding.gather_parameters()
         logger.info("going on from %s", path)
         return state
@@ -160,6 +183,34 @@ class _Writer(dcp.FileSystemWriter):
         size_gib = sum(path.stat().st_size for path in self._place.iterdir()) / 2**30
         logger.info("saved %s (%.2f GiB in %.1f s)", self._place, size_gib, time.monotonic() - self._started_at)
         _remove_old(self._place.parent)
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads a checkpoint. DCP's `.metadata` is a pickle, which could run anything: one that names more than DCP's own
+    records is not read."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            _MetadataUnpickler(file).load()
+        return super().read_metadata(*args, **kwargs)
+
+
+class _TensorsOnly(dcp.DefaultLoadPlanner):
+    """A checkpoint of this project holds tensors; DCP would read anything else as a pickle."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise ValueError(f"{read_item.storage_index.fqn} is no tensor, so this is no checkpoint of a draft: delete it")
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """What `.metadata` may name: dtypes, shapes, layouts, and the records that describe them."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in METADATA_NAMES or (module == dcp_metadata.__name__ and name in METADATA_RECORDS):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return super().find_class(module, name)
+        raise ValueError(f"a checkpoint's .metadata names {module}.{name}, which DCP does not write: delete it")
 
 
 def checkpoints(directory: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 On several processes: `test_train.py`.
 """
 
+import pickle
 import shutil
 import threading
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.utils._pytree import tree_map_only
 
 from specforge_core.manifest_sections import TrainingConfig
@@ -67,6 +68,42 @@ def test_training_goes_on_bit_for_bit_with_both_optimizers(tmp_path: Path):
     assert other.checkpointer.load(tmp_path / "step-00000003", key="mine") == state(3, acceptance_length=1.5)
     assert other.take_steps(3) == expected
     assert expected[0] != expected[1]
+
+
+class Bomb:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_a_pickle_in_the_place_of_the_metadata_does_not_run(tmp_path: Path):
+    trainee = Trainee(tmp_path / "checkpoints")
+    trainee.save(state(1))
+    path, mark = tmp_path / "checkpoints" / "step-00000001", tmp_path / "ran"
+    (path / ".metadata").write_bytes(pickle.dumps(Bomb(mark)))
+    with pytest.raises(CheckpointException, match=r"a checkpoint's \.metadata names pathlib\.Path\."):
+        trainee.checkpointer.load(path, key="mine")
+    assert not mark.exists()
+    # It would have.
+    pickle.loads((path / ".metadata").read_bytes())
+    assert mark.exists()
+
+
+def test_a_pickle_in_the_place_of_a_tensor_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trainee = Trainee(tmp_path / "checkpoints")
+    tensors, mark = trainee.sharding.state(trainee.optimizers), tmp_path / "ran"
+    tensors["draft"] |= {"fc.weight": Bomb(mark)}
+    monkeypatch.setattr(Sharding, "state", lambda *args: tensors)
+    trainee.save(state(1))
+    monkeypatch.undo()
+    mark.unlink(missing_ok=True)
+    with pytest.raises(CheckpointException, match=r"draft\.fc\.weight is no tensor"):
+        trainee.checkpointer.load(tmp_path / "checkpoints" / "step-00000001", key="mine")
+    assert not mark.exists()
 
 
 def test_a_checkpoint_is_of_the_moment_when_it_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
