@@ -5,7 +5,7 @@ room, and as each takes no more than that, two of them share a GPU: their rounds
 rounds without draft come first (`engine.colocate: false`), and a machine that gets slower meanwhile shows.
 
 A sweep is measured like a suite, at each of its points, on the prompts of all suites in turns; each of its
-SWEEP_REPEATS rounds answers `requests_per_slot` requests for each of the point's slots.
+SWEEP_ROUNDS rounds answers `requests_per_slot` requests for each of the point's slots.
 
 Whatever needs the target in this process (near-ties, the acceptance of the reference loop) waits until the servers have
 ended, because it needs their memory.
@@ -39,6 +39,7 @@ from specforge_core.benchmark.references import MeasuredSuite, with_references
 from specforge_core.benchmark.server import Launch, Server, SupervisedServer, gpu_groups, running_servers, server_info
 from specforge_core.benchmark.server_flags import Options, draft_options, target_options
 from specforge_core.benchmark.suites import Interlocutor, longest_request, suite_workloads
+from specforge_core.benchmark.sweep import SWEEP_ROUNDS, sweep_servings
 from specforge_core.decoding.speculative import check_rewindable
 from specforge_core.facts import BenchmarkResult, ServerRecord, SweepPoint
 from specforge_core.gpus import visible_devices
@@ -52,7 +53,6 @@ logger = logging.getLogger(__name__)
 BASELINE = "baseline"
 SWEEP = "all_suites"
 """Stands where a suite's name does, and cannot be one."""
-SWEEP_REPEATS = 2
 RESERVED_TOKENS = 8
 """A server refuses a prompt that comes so near to the context limit."""
 
@@ -103,18 +103,15 @@ class _Bench:
     def _max_total_tokens(self) -> int:
         """Tokens of the KV cache that the widest load needs at most."""
         benchmark, sweep = self.spec.benchmark, self.spec.benchmark.sweep
-        chains = [(one.num_steps, one.topk, one.num_draft_tokens) for one in benchmark.serving]
-        widths = [UNTIMED_BATCH_SIZE, *(serving.concurrency for serving in benchmark.serving)]
+        servings = benchmark.serving + (sweep_servings(sweep) if sweep else ())
         longest = 0
         for suite in benchmark.suites:
             more = max(0, sweep.max_new_tokens - suite.max_new_tokens) if sweep else 0
             longest = max(longest, longest_request(suite, self.target.tokenizer, self.context_length) + more)
-        if sweep:
-            chains += sweep.chains
-            widths += sweep.concurrencies
         # Two steps are prepared at once, and a tree is drafted whole before its best part is verified.
-        drafted = max(2 * max(num_steps * topk, num_tokens) for num_steps, topk, num_tokens in chains)
-        return max(widths) * (longest + drafted + RESERVED_TOKENS)
+        drafted = max(2 * max(one.num_steps * one.topk, one.num_draft_tokens) for one in servings)
+        width = max(UNTIMED_BATCH_SIZE, *(one.concurrency for one in servings))
+        return width * (longest + drafted + RESERVED_TOKENS)
 
     def measure(self, record: Recorder) -> None:
         """Measure everything, in the order of the drafts: each server is started once."""
@@ -216,22 +213,19 @@ def sweep_workloads(spec: BenchmarkSpec, suites: Sequence[Sequence[GenerationReq
         return []
     in_turns = [request for row in itertools.zip_longest(*suites) for request in row if request is not None]
     workloads = []
-    for num_steps, topk, num_draft_tokens in sweep.chains:
-        for concurrency in sweep.concurrencies:
-            num_requests = SWEEP_REPEATS * sweep.requests_per_slot * concurrency
-            taken = itertools.islice(itertools.cycle(in_turns), num_requests)
-            workloads.append(
-                Workload(
-                    suite=SWEEP,
-                    # Names of their own: a server refuses a request with the name of one that it still works on.
-                    requests=[request._replace(id=f"{request.id}/{number}") for number, request in enumerate(taken)],
-                    sampling=Sampling(sweep.max_new_tokens, spec.benchmark.temperature, seed=spec.benchmark.seed),
-                    serving=ServingConfig(
-                        num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens, concurrency=concurrency
-                    ),
-                    repeats=SWEEP_REPEATS,
-                )
+    for serving in sweep_servings(sweep):
+        num_requests = SWEEP_ROUNDS * sweep.requests_per_slot * serving.concurrency
+        taken = itertools.islice(itertools.cycle(in_turns), num_requests)
+        workloads.append(
+            Workload(
+                suite=SWEEP,
+                # Names of their own: a server refuses a request with the name of one that it still works on.
+                requests=[request._replace(id=f"{request.id}/{number}") for number, request in enumerate(taken)],
+                sampling=Sampling(sweep.max_new_tokens, spec.benchmark.temperature, seed=spec.benchmark.seed),
+                serving=serving,
+                repeats=SWEEP_ROUNDS,
             )
+        )
     return workloads
 
 

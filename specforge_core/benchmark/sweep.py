@@ -1,4 +1,4 @@
-"""What a sweep says: the best chain at each load, where to switch speculation off, the server's command. Torch-free.
+"""A sweep: its points, the best chain at each load, where to switch speculation off, and launch commands. Torch-free.
 
 Acceptance does not depend on the load, but what a draft costs does: a lone request leaves the GPU's arithmetic idle, so
 verifying more tokens is nearly free, and at many requests at once it is not.
@@ -14,12 +14,14 @@ from typing import NamedTuple
 from specforge_core.benchmark.interval import median_interval
 from specforge_core.benchmark.server_flags import Options, draft_options, model_options
 from specforge_core.facts import BenchmarkResult, SweepPoint
-from specforge_core.manifest_sections import EngineConfig, ServingConfig, TargetConfig
+from specforge_core.manifest_sections import EngineConfig, ServingConfig, SweepConfig, TargetConfig
 
 LAUNCH_NOTE = (
     "Attention backend, CUDA graphs and the share of memory are left to the server, which chooses them for its GPU; "
     "the servers of a benchmark have them fixed."
 )
+SWEEP_ROUNDS = 2
+"""Of each point, without and with draft."""
 
 
 class LoadAdvice(NamedTuple):
@@ -32,6 +34,15 @@ class LoadAdvice(NamedTuple):
     """With the above; a median."""
     speedup: float
     """Over the target alone at the same concurrency; 1 without a chain."""
+
+
+def sweep_servings(sweep: SweepConfig) -> tuple[ServingConfig, ...]:
+    """The points that are measured, chain by chain."""
+    return tuple(
+        ServingConfig(num_steps=num_steps, topk=topk, num_draft_tokens=num_draft_tokens, concurrency=concurrency)
+        for num_steps, topk, num_draft_tokens in sweep.chains
+        for concurrency in sweep.concurrencies
+    )
 
 
 def best_per_load(points: Sequence[SweepPoint]) -> tuple[LoadAdvice, ...]:

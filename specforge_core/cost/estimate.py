@@ -6,6 +6,7 @@ from typing import NamedTuple
 from pydantic import computed_field
 
 from specforge_core.artifacts import Store
+from specforge_core.benchmark.sweep import SWEEP_ROUNDS, sweep_servings
 from specforge_core.cost.configs import ConfigReader, hub_facts
 from specforge_core.cost.conversations import ExpectedConversations, expected_conversations
 from specforge_core.cost.draft_model import (
@@ -42,7 +43,6 @@ SERVER_START_S = 60.0
 """Until SGLang has imported itself and captured its graphs, without the weights: assumed, not measured here."""
 SUITE_PROMPTS = 200
 """Of a suite whose size is not known."""
-SWEEP_ROUNDS = 2
 
 
 class StageCost(Record):
@@ -327,7 +327,7 @@ def benchmark_cost(job: Job) -> StageCost:
             seconds += written / serving.concurrency * job.server.step_s(job.rates, serving.concurrency, keys)
     chains = {serving.chain() for serving in benchmark.serving}
     if sweep := benchmark.sweep:
-        chains |= {"-".join(map(str, chain)) for chain in sweep.chains}
+        chains |= {serving.chain() for serving in sweep_servings(sweep)}
         steps = 2 * SWEEP_ROUNDS * sweep.requests_per_slot * sweep.max_new_tokens * len(sweep.chains)
         num_tokens += steps * sum(sweep.concurrencies)
         seconds += steps * sum(job.server.step_s(job.rates, slots, keys) for slots in sweep.concurrencies)
