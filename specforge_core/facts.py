@@ -224,6 +224,11 @@ class Published(Record):
     """Digest of the repository's files."""
     changed: bool
     """False if exactly these files were there already."""
+    repository: str | None = None
+    """Hub id; None if it lies only in the folder, as do the two below."""
+    revision: str | None = None
+    """Commit of the repository that holds just what the folder does."""
+    url: str | None = None
 
 
 class Rejected(Record):
@@ -234,3 +239,6 @@ class Rejected(Record):
 
 class Withheld(Record):
     """A draft that passed its gates in a build that publishes nothing."""
+
+    plan: Path | None = None
+    """What publishing it would change, if that was asked."""

@@ -9,6 +9,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from specforge_core.digests import digest
 from specforge_core.manifest_errors import ManifestError, cross_field_error, problems_in, read_document
+from specforge_core.manifest_publish import PublishConfig
 from specforge_core.manifest_sections import (
     BenchmarkConfig,
     Config,
@@ -20,7 +21,6 @@ from specforge_core.manifest_sections import (
     Name,
     ParallelConfig,
     PromptSource,
-    PublishConfig,
     ResourcesConfig,
     TargetConfig,
     TrainingConfig,

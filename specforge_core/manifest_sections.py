@@ -24,12 +24,6 @@ def _check_name(name: str) -> str:
     return name
 
 
-def _check_repository(repository: str) -> str:
-    if not re.fullmatch(REPOSITORY_PATTERN, repository):
-        raise ValueError(f'"{repository}" should be a Hub id, organization/name')
-    return repository
-
-
 def _check_dataset(dataset: str) -> str:
     if dataset.startswith(BUILTIN_PREFIX) and dataset != BUILTIN_DEMO:
         raise ValueError(f'"{dataset}" is not built in; the only one is "{BUILTIN_DEMO}"')
@@ -380,16 +374,6 @@ class GatesConfig(Config):
     """How far the server's acceptance length may be from that of the same draft in the stage's own process, where
     `benchmark.num_in_process_prompts` asks for it. Few prompts differ by some percent by chance: texts part at
     near-ties."""
-
-
-class PublishConfig(Config):
-    """Where a draft that passed its gates goes."""
-
-    directory: str = "published"
-    """Folder that holds one repository folder per entry; relative to the store's root."""
-    repository: Annotated[str, AfterValidator(_check_repository)] | None = None
-    """Hub id of the draft (`org/name`); also names the repository in the model card."""
-    license: str = "apache-2.0"
 
 
 class ResourcesConfig(Config):

@@ -18,12 +18,12 @@ from specforge_core.facts import (
     Vocabulary,
 )
 from specforge_core.manifest import ManifestEntry
+from specforge_core.manifest_publish import PublishConfig
 from specforge_core.manifest_sections import (
     BenchmarkConfig,
     DataConfig,
     GatesConfig,
     PromptSource,
-    PublishConfig,
     ServingConfig,
     SuiteConfig,
     TargetConfig,

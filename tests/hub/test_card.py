@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard
 from specforge_core.benchmark.report import EntryReport, make_report
 from specforge_core.facts import BenchmarkResult
 from specforge_core.hub.card import model_card
-from specforge_core.manifest_sections import Eagle3Config, EngineConfig, PublishConfig, ServingConfig, TargetConfig
+from specforge_core.manifest_publish import PublishConfig
+from specforge_core.manifest_sections import Eagle3Config, EngineConfig, ServingConfig, TargetConfig
 from specforge_core.stages import ResolvedTarget
 from tests import made_build
 from tests.made_build import REVISION, chain, measurement, result, served_result

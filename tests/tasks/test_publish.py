@@ -6,7 +6,7 @@ import pytest
 
 from specforge_core.artifacts import BuildArtifacts
 from specforge_core.manifest import ManifestEntry
-from specforge_core.manifest_sections import PublishConfig
+from specforge_core.manifest_publish import PublishConfig
 from specforge_core.plan import Recipe
 from specforge_core.stages import ResolvedBenchmark, ResolvedData, ResolvedSource, ResolvedSuite, ServedEngine
 from tasks.publish import publish
