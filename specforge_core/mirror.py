@@ -95,15 +95,18 @@ class Mirror:
         """None once the files of the artifact at `place` are in `directory`; else why they are refused."""
         if not place.startswith(f"{self._root}/{artifact.stage}/{artifact.key}/"):
             return f"its record is that of {artifact.stage}/{artifact.key}"
-        outside = [name for name in artifact.files if _leaves(name)]
+        outside = [name for name in (artifact.content_id, *artifact.files) if _leaves(name)]
         if outside:
             return f"its record names {outside[0]}, outside of its folder"
+        # No stage goes on from what somebody else may have written, such as a training's checkpoints.
+        if foreign := [name for name in artifact.files if name.partition("/")[0] in NOT_CONTENT]:
+            return f"its record names {foreign[0]}, which is no content"
         contents = {name: file.size_bytes for name, file in artifact.files.items()}
         # Logs and the like: useful, but no part of the content, so without a digest.
         notes = {
             name: size_bytes
             for name, size_bytes in self._sizes(place).items()
-            if name not in contents and name.partition("/")[0] in NOT_CONTENT and _is_sent(name)
+            if name not in contents and name.partition("/")[0] in NOT_CONTENT and _is_sent(name) and not _leaves(name)
         }
         wrong: list[str] = []
 

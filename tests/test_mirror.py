@@ -254,6 +254,49 @@ def test_a_record_that_names_files_outside_of_its_folder_is_refused(
     assert f"its record names {name}, outside of its folder" in caplog.text
 
 
+def test_a_content_id_that_leads_elsewhere_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = f"file://{tmp_path}/mirror"
+    artifact = build(tmp_path / "one")
+    Mirror(url).push(artifact)
+    (tmp_path / "mirror" / STAGE / KEY / artifact.content_id).rename(tmp_path / "elsewhere")
+    path = tmp_path / "mirror" / STAGE / KEY / RECORD_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"content_id": "../../../elsewhere"}))
+    assert not pull(url, tmp_path / "pulled")
+    assert "names ../../../elsewhere, outside of its folder" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["progress/step-1/.metadata", "artifact.json", "spec.json"])
+def test_a_record_that_counts_progress_or_notes_as_content_is_refused(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"file://{tmp_path}/mirror"
+    artifact = build(tmp_path / "one")
+    Mirror(url).push(artifact)
+    path = tmp_path / "mirror" / STAGE / KEY / RECORD_NAME
+    record = json.loads(path.read_text())
+    record["files"][name] = record["files"].pop("a.bin")
+    path.write_text(json.dumps(record))
+    overwrite(f"{url}/{STAGE}/{KEY}/{artifact.content_id}/{name}", FILES["a.bin"])
+    assert not pull(url, tmp_path / "pulled")
+    assert f"its record names {name}, which is no content" in caplog.text
+    assert not (tmp_path / "pulled").exists()
+
+
+@pytest.mark.parametrize("root", ["memory", pytest.param("s3", marks=pytest.mark.slow)])
+def test_a_note_whose_name_leads_elsewhere_is_left_there(
+    tmp_path: Path, root: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A bucket's keys are any text, and two dots are no parent there.
+    url = str(request.getfixturevalue("s3_url")) if root == "s3" else f"memory://{uuid4()}"
+    artifact = build(tmp_path / "one")
+    Mirror(url).push(artifact)
+    files, path = fsspec.core.url_to_fs(url)
+    files.pipe_file(f"{path}/{STAGE}/{KEY}/{artifact.content_id}/servers/../../outside", b"evil")
+    assert "outside" in "".join(names_at(url)), "the mirror has lost the file that this test is about"
+    assert pull(url, tmp_path / "deep/pulled")
+    assert not list(tmp_path.rglob("outside"))
+
+
 def test_a_record_in_the_wrong_place_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     url = f"file://{tmp_path}/mirror"
     Mirror(url).push(build(tmp_path / "one"))
