@@ -11,14 +11,13 @@ behind the answer's end, too.
 import asyncio
 import logging
 import time
+import urllib.error
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import httpx
-
 from specforge_core.benchmark.client import Client, Reply, sampling_params, within_context
 from specforge_core.benchmark.measure import Decode, Run, Timing, Workload
-from specforge_core.benchmark.server import Server, ServerLost
+from specforge_core.benchmark.server import Server, ServerLost, http_request
 from specforge_core.decoding.speculative import Generation
 from specforge_core.targets import Completion, GenerationRequest, Sampling
 
@@ -174,18 +173,13 @@ def flush_cache(server: Server) -> None:
     """
     for _ in range(MAX_FLUSHES):
         try:
-            response = httpx.post(
-                f"{server.url}/flush_cache",
-                params={"timeout": FLUSH_TIMEOUT_S},
-                timeout=2 * FLUSH_TIMEOUT_S,
-                trust_env=False,
-            )
-        except httpx.TransportError as error:
+            http_request(f"{server.url}/flush_cache?timeout={FLUSH_TIMEOUT_S}", 2 * FLUSH_TIMEOUT_S, method="POST")
+        except urllib.error.HTTPError:
+            # Older versions do not wait by themselves.
+            time.sleep(1.0)
+        except OSError as error:
             logger.warning("the cache of %s cannot be flushed: %r", server.url, error)
             server.ensure_alive()
         else:
-            if response.is_success:
-                return
-            # Older versions do not wait by themselves.
-            time.sleep(1.0)
+            return
     raise RuntimeError(f"{server.url} did not flush its cache in {MAX_FLUSHES} attempts: see its log")

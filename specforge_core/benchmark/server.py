@@ -303,11 +303,11 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _get(url: str, timeout_s: float) -> bytes:
-    """The body of an answer with status 200. Never through a proxy. Raises: OSError."""
+def http_request(url: str, timeout_s: float, *, method: str = "GET") -> bytes:
+    """The body of an answer with status 200. Never through a proxy. Raises: OSError, of which HTTPError."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=timeout_s) as answer:
+        with opener.open(urllib.request.Request(url, method=method), timeout=timeout_s) as answer:
             body: bytes = answer.read()
             return body
     except http.client.HTTPException as error:
@@ -317,7 +317,7 @@ def _get(url: str, timeout_s: float) -> bytes:
 def is_healthy(url: str, *, timeout_s: float) -> bool:
     """Whether the server at `url` says that it can generate."""
     try:
-        _get(f"{url}/health", timeout_s)
+        http_request(f"{url}/health", timeout_s)
     except OSError:
         return False
     return True
@@ -328,7 +328,7 @@ def server_info(url: str) -> dict[str, Any]:
     # The second one is its name in older versions.
     for path in ("server_info", "get_server_info"):
         try:
-            info: dict[str, Any] = json.loads(_get(f"{url}/{path}", HEALTH_TIMEOUT_S))
+            info: dict[str, Any] = json.loads(http_request(f"{url}/{path}", HEALTH_TIMEOUT_S))
         except urllib.error.HTTPError as error:
             if error.code != http.HTTPStatus.NOT_FOUND:
                 raise
