@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from specforge_core.artifacts import write_atomically
-from specforge_core.benchmark.report import markdown_table
+from specforge_core.benchmark.tables import markdown_table
 from specforge_core.environment import environment
 from specforge_core.facts import Environment, Record
 

@@ -7,7 +7,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 
 from specforge_core.artifacts import Store
 from specforge_core.benchmark.headline import headline
-from specforge_core.benchmark.report import markdown_table
+from specforge_core.benchmark.tables import markdown_table
 from specforge_core.facts import Published, Record, Rejected
 from specforge_core.ledger import Outcome, last_artifact
 from tasks.progress import artifact_key

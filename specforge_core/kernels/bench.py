@@ -23,7 +23,7 @@ import triton.testing
 from torch import Tensor
 
 from specforge_core.artifacts import write_atomically
-from specforge_core.benchmark.report import markdown_table
+from specforge_core.benchmark.tables import markdown_table
 from specforge_core.environment import environment, hardware_stem
 from specforge_core.facts import Environment, Record
 from specforge_core.kernels.cases import Case, Inputs, all_cases, as_tuple, check, gradients_of

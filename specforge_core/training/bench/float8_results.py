@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean
 
 from specforge_core.artifacts import write_atomically
-from specforge_core.benchmark.report import markdown_table
+from specforge_core.benchmark.tables import markdown_table
 from specforge_core.facts import Conversations, Environment, Record
 from specforge_core.manifest_sections import DraftConfig, FeatureDtype, TrainingConfig
 

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from specforge_core.artifacts import write_atomically
-from specforge_core.benchmark.report import markdown_table
+from specforge_core.benchmark.tables import markdown_table
 from specforge_core.facts import Environment, Record
 
 GIB = 2**30

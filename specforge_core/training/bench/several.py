@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from specforge_core.artifacts import write_atomically
-from specforge_core.benchmark.report import markdown_table
+from specforge_core.benchmark.tables import markdown_table
 from specforge_core.drafts.base import DraftBatch
 from specforge_core.environment import environment, hardware_stem
 from specforge_core.facts import Environment, Record
