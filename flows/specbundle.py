@@ -18,6 +18,7 @@ from specforge_core.facts import Record
 from specforge_core.gpus import Gpu, list_gpus
 from specforge_core.ledger import record_outcome
 from specforge_core.manifest import Manifest, ManifestEntry
+from specforge_core.manifest_publish import Destination
 from specforge_core.plan import make_recipe
 from specforge_core.process import children_end_on_error
 from specforge_core.selection import missing_gpus, select_entries
@@ -35,7 +36,9 @@ class BuildSettings(Record):
     base_dir: Path
     """Folder that the manifest's relative paths start from."""
     store: Path
-    publish: bool
+    publish_to: Destination | None
+    """Where drafts that pass their gates go; None leaves it to each entry."""
+    dry_run: bool
     gpus: tuple[Gpu, ...]
     run: TrackedRun
     """The tracker's run of the whole build."""
@@ -55,7 +58,8 @@ def _run_name() -> str:
 def specbundle(
     manifest: Path = Path("bundle_manifest.yaml"),
     only: list[str] | None = None,
-    publish: bool = True,
+    publish_to: Destination | None = None,
+    dry_run: bool = False,
     store: Path | None = None,
 ) -> State[Any]:
     """Build the selected entries; one that fails does not stop the others, but makes this run fail at its end.
@@ -63,7 +67,8 @@ def specbundle(
     Args:
         manifest: the file that says what to build.
         only: names of entries; without it, all that this host has the GPUs for.
-        publish: whether drafts that pass their gates are published.
+        publish_to: where drafts that pass their gates go, whatever their entries say.
+        dry_run: instead of publishing, write what would be published and what that would change.
         store: where artifacts are kept; `.specbundle` beside the manifest when absent.
 
     Returns: a state whose data is a BuildSummary.
@@ -80,8 +85,12 @@ def specbundle(
         store=store,
         tags={"prefect.flow_run_id": str(flow_run.id), "manifest": str(manifest.absolute())},
     )
-    run.log_params({"entries": ", ".join(entry.name for entry in entries), "publish": publish})
-    settings = BuildSettings(base_dir=loaded.base_dir, store=store, publish=publish, gpus=gpus, run=run)
+    run.log_params(
+        {"entries": ", ".join(entry.name for entry in entries), "publish_to": publish_to or "as the entry says"}
+    )
+    settings = BuildSettings(
+        base_dir=loaded.base_dir, store=store, publish_to=publish_to, dry_run=dry_run, gpus=gpus, run=run
+    )
     with children_end_on_error():
         futures = [build_entry.submit(entry, settings) for entry in entries]
         results = [future.result(raise_on_failure=False) for future in futures]
@@ -124,7 +133,8 @@ def build_entry(entry: ManifestEntry, settings: BuildSettings) -> EntryRow:
         recipe=recipe,
         store=settings.store,
         gpus=tuple(gpu.id for gpu in settings.gpus),
-        publish=settings.publish,
+        publish_to=settings.publish_to or entry.publish.to,
+        dry_run=settings.dry_run,
         tracking=run,
     )
     try:

@@ -82,7 +82,16 @@ def _parser() -> argparse.ArgumentParser:
 
     build_parser = add("build", build, "Build the entries, and publish the drafts that pass their gates.")
     build_parser.add_argument("--only", nargs="+", metavar="ENTRY", help="default: all that this host has the GPUs for")
-    build_parser.add_argument("--no-publish", action="store_true", help="stop after the gates")
+    destination = build_parser.add_mutually_exclusive_group()
+    destination.add_argument(
+        "--publish-to", choices=("hub", "directory", "none"), help="default: `publish.to` of each entry"
+    )
+    destination.add_argument(
+        "--no-publish", dest="publish_to", action="store_const", const="none", help="stop after the gates"
+    )
+    build_parser.add_argument(
+        "--dry-run", action="store_true", help="instead of publishing, write the folder and what it would change"
+    )
     plan_parser = add("plan", plan, "Say which stages a build would run, and why; run nothing.")
     plan_parser.add_argument("--only", nargs="+", metavar="ENTRY", help="default: every entry")
     _add_cost_options(plan_parser)
@@ -139,8 +148,9 @@ def build(args: argparse.Namespace) -> int:
     # Such as what it waits for.
     logging.getLogger("specforge_core").setLevel(logging.INFO)
     state = specbundle(
-        manifest=args.manifest, only=args.only, publish=not args.no_publish, store=args.store, return_state=True
-    )
+        manifest=args.manifest, only=args.only, publish_to=args.publish_to, dry_run=args.dry_run, store=args.store,
+        return_state=True,
+    )  # fmt: skip
     summary = state.result(raise_on_failure=False)
     if not isinstance(summary, BuildSummary):
         _stderr(f"error: {summary}")

@@ -10,6 +10,8 @@ from specforge_core.manifest_errors import cross_field_error
 from specforge_core.manifest_sections import REPOSITORY_PATTERN, Config
 
 PublishTo = Literal["directory", "hub"]
+Destination = Literal["directory", "hub", "none"]
+"""Of one build."""
 
 # Of the Hub, as `huggingface_hub.utils.validate_repo_id` checks it too.
 MAX_REPOSITORY_CHARACTERS = 96

@@ -22,6 +22,7 @@ from specforge_core.artifacts import LOG_NAME, METRICS_NAME, SPEC_NAME, Artifact
 from specforge_core.facts import Record
 from specforge_core.gpus import NO_DEVICES, Lease, lease_devices
 from specforge_core.ledger import record_stage
+from specforge_core.manifest_publish import Destination
 from specforge_core.manifest_sections import Config
 from specforge_core.mirror import Mirror
 from specforge_core.plan import Recipe
@@ -51,9 +52,16 @@ class EntryBuild(Config):
     store: Path
     gpus: tuple[str, ...]
     """Ids of the GPUs that this host may use."""
-    publish: bool
-    """Whether a draft that passes its gates is published."""
+    publish_to: Destination
+    """Where a draft that passes its gates goes."""
+    dry_run: bool = False
+    """Only say what publishing would change."""
     tracking: TrackedRun
+
+    @property
+    def publish(self) -> bool:
+        """Whether a draft that passes its gates is published."""
+        return self.publish_to != "none"
 
 
 class StageResult(NamedTuple, Generic[FactsT]):

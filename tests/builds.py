@@ -46,4 +46,10 @@ def entry_build(
         **changes,
     )
     tracking = tracking or TrackedRun(uri="none")
-    return EntryBuild(recipe=recipe_of(entry), store=store, gpus=gpus, publish=publish, tracking=tracking)
+    return EntryBuild(
+        recipe=recipe_of(entry),
+        store=store,
+        gpus=gpus,
+        publish_to="directory" if publish else "none",
+        tracking=tracking,
+    )

@@ -23,7 +23,7 @@ def trained(directory: Path, features: Mapping[str, Any]) -> dict[str, Artifact[
     entry = ManifestEntry.model_validate({**tiny_entry(), "features": features})
     recipe = make_recipe(entry, base_dir=directory, store=directory / "store", gpus=(), environ={})
     build = EntryBuild(
-        recipe=recipe, store=directory / "store", gpus=(), publish=False, tracking=TrackedRun(uri="none")
+        recipe=recipe, store=directory / "store", gpus=(), publish_to="none", tracking=TrackedRun(uri="none")
     )
     made: dict[str, Artifact[Any]] = {}
     for name in ("regenerate", "vocabulary", "capture", "train"):

@@ -33,7 +33,7 @@ def artifacts(version: str, tmp_path_factory: pytest.TempPathFactory) -> BuildAr
     store, gpus = tmp_path_factory.mktemp("store"), visible_devices()
     listed = list_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
     recipe = make_recipe(make_entry(), base_dir=REPO_ROOT, store=store, gpus=listed, environ=os.environ)
-    build = EntryBuild(recipe=recipe, store=store, gpus=gpus, publish=False, tracking=TrackedRun(uri="none"))
+    build = EntryBuild(recipe=recipe, store=store, gpus=gpus, publish_to="none", tracking=TrackedRun(uri="none"))
     made: dict[str, Artifact[Any]] = {}
     for stage, step in STEPS.items():
         made[stage] = run_stage(step.make_spec(recipe, *(made[name] for name in step.reads)), build).artifact

@@ -106,7 +106,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 def make_build(recipe: Recipe, store: Path) -> EntryBuild:
-    return EntryBuild(recipe=recipe, store=store, gpus=(), publish=True, tracking=TrackedRun(uri="none"))
+    return EntryBuild(recipe=recipe, store=store, gpus=(), publish_to="directory", tracking=TrackedRun(uri="none"))
 
 
 def on_cpu(spec: StageSpec, **changes: Any) -> StageSpec:

@@ -30,7 +30,7 @@ def build_of(entry: ManifestEntry, store: Path) -> EntryBuild:
         benchmark=ResolvedBenchmark(suites=suites),
         hardware="Made-up CPU 9000",
     )
-    return EntryBuild(recipe=recipe, store=store, gpus=(), publish=True, tracking=TrackedRun(uri="sqlite://"))
+    return EntryBuild(recipe=recipe, store=store, gpus=(), publish_to="directory", tracking=TrackedRun(uri="sqlite://"))
 
 
 @pytest.fixture
