@@ -151,7 +151,7 @@ class FeaturesConfig(Config):
     buffer_gib: Annotated[PositiveFloat, EXECUTION] = 8.0
     """Live: how much may wait for the training, in memory (`/dev/shm`) if there is room."""
     serve_gpus: Annotated[PositiveInt | None, EXECUTION] = None
-    """Live: how many of `resources.num_gpus` run the target; the others train. `specbundle plan` proposes a number."""
+    """Live: how many of `resources.num_gpus` run the target; the others train. `plan --cost` proposes a number."""
 
     @model_validator(mode="after")
     def _only_live_features_are_served(self) -> "FeaturesConfig":
