@@ -41,7 +41,7 @@ MODEL_FILES = (
     *("tokenizer*", "*.model", "*.tiktoken", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
     *("chat_template*", "additional_chat_templates/*"),
 )
-PICKLE_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # From this size on, the sha256 of an unchanged file is remembered: a target of 140 GB takes minutes to read.
 LARGE_FILE_BYTES = 64 * 2**20
 
@@ -142,13 +142,18 @@ def _check_model_folder(path: Path) -> None:
         raise ValueError(
             f"target {path} is no model folder: it has no config.json; name a folder that has, or a Hub id"
         )
-    if any(path.glob("*.safetensors")):
+    _check_safetensors(str(path), [file.name for file in path.iterdir()])
+
+
+def _check_safetensors(where: str, names: Sequence[str]) -> None:
+    """Raises: ValueError if none of these files, of a target, is a safetensors file."""
+    if any(name.endswith(".safetensors") for name in names):
         return
-    pickled = sorted(file.name for pattern in PICKLE_FILES for file in path.glob(pattern))
+    pickled = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
     found = (
         f"only pickled weights, which run code when they are read ({', '.join(pickled)})" if pickled else "no weights"
     )
-    raise ValueError(f"target {path} holds {found}; save it as safetensors with `save_pretrained`")
+    raise ValueError(f"target {where} holds {found}; save it as safetensors with `save_pretrained` and name that copy")
 
 
 def _remembered_sha256(files: Sequence[Path], hash_cache: Path | None) -> list[str]:
@@ -180,6 +185,7 @@ def _demo_content_id(source: PromptSource) -> str:
 
 
 def _commit(kind: RepoKind, name: str, revision: str | None, base_dir: Path, api: "HfApi | None") -> str:
+    _check_hub_id(name, base_dir)
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     branch = revision or DEFAULT_BRANCH
@@ -194,10 +200,16 @@ def _commit(kind: RepoKind, name: str, revision: str | None, base_dir: Path, api
     return commit
 
 
-def _branch_commit(kind: RepoKind, name: str, branch: str, base_dir: Path, api: "HfApi | None") -> str:
+def _check_hub_id(name: str, base_dir: Path) -> str:
+    """Why it is not a path, for messages. Raises: ValueError if it is no Hub id either."""
     neither = f'"{name}" is no path ({base_dir / name} does not exist)'
     if not re.fullmatch(REPOSITORY_PATTERN, name):
         raise ValueError(f"{neither} and no Hub id (organization/name)")
+    return neither
+
+
+def _branch_commit(kind: RepoKind, name: str, branch: str, base_dir: Path, api: "HfApi | None") -> str:
+    neither = _check_hub_id(name, base_dir)
     # Importing it takes a second, and a build of local files needs none.
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -217,6 +229,9 @@ def _branch_commit(kind: RepoKind, name: str, branch: str, base_dir: Path, api: 
         ) from error
     if info.sha is None:
         raise ConnectionError(f'the Hub names no commit for "{branch}" of {kind} {name}; try again')
+    files = [sibling.rfilename for sibling in getattr(info, "siblings", None) or ()]
+    if kind == "model" and files:
+        _check_safetensors(f"{name} on the Hub", files)
     return info.sha
 
 

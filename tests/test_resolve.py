@@ -30,6 +30,10 @@ COMMITS = {
 }
 
 
+FILES: dict[str, list[str]] = {}
+"""Of a revision, where it does not hold weights alone."""
+
+
 class Hub(ThreadingHTTPServer):
     """Two endpoints of the Hub: which commit a revision of a model, or of a data set, is."""
 
@@ -43,7 +47,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.calls.append(path)
         commit = COMMITS.get(path)
         is_known_repo = any(known.startswith(path.partition("/revision/")[0] + "/") for known in COMMITS)
-        body = json.dumps({"id": "org/name", "sha": commit} if commit else {"error": "not found"}).encode()
+        siblings = [{"rfilename": name} for name in FILES.get(path, ["model.safetensors"])]
+        found = {"id": "org/name", "sha": commit, "siblings": siblings}
+        body = json.dumps(found if commit else {"error": "not found"}).encode()
         self.send_response(200 if commit else 404)
         if commit is None:
             self.send_header("X-Error-Code", "RevisionNotFound" if is_known_repo else "RepoNotFound")
@@ -144,6 +150,36 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path, files: list[str
         (tmp_path / "target" / name).write_text("x")
     with pytest.raises(ValueError, match=message):
         resolve_target(TargetConfig(model="target"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            ["config.json", "pytorch_model.bin"],
+            r"target org/model on the Hub holds only pickled weights, .*_model\.bin",
+        ),
+        (["README.md"], "target org/model on the Hub holds no weights"),
+        (["config.json", "pytorch_model.bin", "model-00001-of-00002.safetensors"], None),
+    ],
+)
+def test_a_hub_target_without_safetensors_is_refused_with_the_way_out(
+    tmp_path: Path, api: HfApi, monkeypatch: pytest.MonkeyPatch, files: list[str], message: str | None
+) -> None:
+    monkeypatch.setitem(FILES, "/api/models/org/model/revision/main", files)
+    if message is None:
+        assert resolve_target(TargetConfig(model="org/model"), tmp_path, api=api).revision == MODEL_COMMIT
+        return
+    with pytest.raises(ValueError, match=f"{message}.*; save it as safetensors with `save_pretrained` and name that"):
+        resolve_target(TargetConfig(model="org/model"), tmp_path, api=api)
+
+
+def test_a_commit_does_not_make_a_hub_id_of_any_name(tmp_path: Path) -> None:
+    for name in ("org/../../etc", "just-a-name", "org/name/more"):
+        with pytest.raises(ValueError, match="and no Hub id"):
+            resolve_target(TargetConfig(model=name, revision=OLD_COMMIT), tmp_path)
+        with pytest.raises(ValueError, match="and no Hub id"):
+            resolve_source(PromptSource(dataset=name, revision=OLD_COMMIT), tmp_path)
 
 
 def test_a_revision_of_a_path_is_refused(tmp_path: Path) -> None:

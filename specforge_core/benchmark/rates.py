@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure(arguments: argparse.Namespace, scratch: Path) -> ServingRates:
     """The result, written after each comparison."""
     target = ResolvedTarget(model=str(arguments.target.absolute()), content_id=UNPINNED, dtype=arguments.dtype)
-    config = AutoConfig.from_pretrained(target.model).get_text_config()
+    config = AutoConfig.from_pretrained(target.model, trust_remote_code=False).get_text_config()
     engine = EngineConfig(max_running_requests=arguments.max_running_requests, mem_fraction_static=MEM_FRACTION_STATIC)
     rates = _begin(arguments, config, scratch)
     stem = arguments.name or hardware_stem(rates.environment)

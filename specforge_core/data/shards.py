@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -53,7 +54,8 @@ WRITE_TOKENS = 1024
 class ShardRecord(Record):
     """One finished shard."""
 
-    name: str
+    name: str = Field(pattern=r"^shard-\d{5,}\.safetensors$")
+    """Of its file; nothing else is opened, whatever an index that came from elsewhere says."""
     size_bytes: int
     sha256: str
     num_documents: int

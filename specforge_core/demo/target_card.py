@@ -110,7 +110,7 @@ def evaluate_target(folder: Path, *, device: str, num_prompts: int, max_new_toke
     """Loss, exact answers and self-ended answers of the saved model on held-out problems of each family."""
     tokenizer = load_tokenizer(folder)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device).eval()
     scores, samples = {}, []
     for family in tqdm(FAMILIES, desc="evaluate"):
         conversations = list(islice(generate("heldout", seed=EVALUATION_SEED, family=family), num_prompts))

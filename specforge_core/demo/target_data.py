@@ -98,7 +98,7 @@ def train_tokenizer(out: Path) -> None:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The saved tokenizer; refuses one that disagrees with the fast rendering of this file."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     conversation = next(generate("train", seed=0, family="followup"))
     by_template = tokenizer.apply_chat_template(list(conversation.messages), tokenize=False)
     assert by_template == rendered(conversation), "chat template and `rendered` have drifted apart"

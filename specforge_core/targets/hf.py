@@ -18,7 +18,7 @@ from specforge_core.decoding.speculative import generate
 from specforge_core.drafts.base import TargetHead
 from specforge_core.stages import ResolvedTarget
 from specforge_core.targets import CaptureRequest, Completion, GenerationRequest, Sampling, TargetFeatures
-from specforge_core.targets.weights import decoder, final_norm, norm_factor
+from specforge_core.targets.weights import decoder, final_norm, norm_factor, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ class HFTarget:
         origin = {"revision": target.revision or "main", "trust_remote_code": target.trust_remote_code}
         self.device = torch.device(device)
         self.tokenizer = AutoTokenizer.from_pretrained(target.model, **origin)
+        # Asked first: the library's own words about a target of pickles alone are to load them.
+        weight_files(target)
         self.model = AutoModelForCausalLM.from_pretrained(
             target.model, dtype=getattr(torch, target.dtype), use_safetensors=True, **origin
         )

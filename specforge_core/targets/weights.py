@@ -4,6 +4,7 @@ V target vocabulary, D target width.
 """
 
 import json
+import re
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from specforge_core.drafts.base import TargetHead
 from specforge_core.stages import ResolvedTarget
+
+WEIGHT_FILE_PATTERN = r"[\w-][\w.-]*\.safetensors"
 
 
 class TargetFiles:
@@ -63,26 +66,39 @@ class TargetFiles:
     def _load(self, parameter: nn.Parameter) -> Tensor:
         """The values of one of the skeleton's parameters, in the target's dtype."""
         name = next(name for name, found in self._skeleton.named_parameters() if found is parameter)
-        index = cached_file(
-            self._target.model,
-            SAFE_WEIGHTS_INDEX_NAME,
-            _raise_exceptions_for_missing_entries=False,
-            **self._origin,
-        )
-        if index is None:
-            path = cached_file(self._target.model, SAFE_WEIGHTS_NAME, **self._origin)
-            with safe_open(path, framework="pt") as file:
-                stored = stored_name(name, list(file.keys()))
-        else:
-            with open(index, encoding="utf-8") as file:
-                shard_by_name: dict[str, str] = json.load(file)["weight_map"]
-            stored = stored_name(name, list(shard_by_name))
-            path = cached_file(self._target.model, shard_by_name[stored], **self._origin)
+        file_by_tensor = weight_files(self._target)
+        stored = stored_name(name, list(file_by_tensor))
+        path = cached_file(self._target.model, file_by_tensor[stored], **self._origin)
         with safe_open(path, framework="pt") as file:
             values: Tensor = file.get_tensor(stored)
         if values.shape != parameter.shape:
             raise ValueError(f"{stored} in {path} is {tuple(values.shape)}, the model has {tuple(parameter.shape)}")
         return values.to(parameter.dtype)
+
+
+def weight_files(target: ResolvedTarget) -> dict[str, str]:
+    """File by tensor name, as the target stores its weights.
+
+    Raises: OSError if there are no safetensors, ValueError for an index that names other files than the target's.
+    """
+    origin: dict[str, Any] = {"revision": target.revision or "main"}
+    index = cached_file(target.model, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **origin)
+    if index is None:
+        try:
+            path = cached_file(target.model, SAFE_WEIGHTS_NAME, **origin)
+        except OSError as error:
+            raise OSError(
+                f"{error} Weights are read from safetensors alone, because a pickle runs code when it is read: of a "
+                "target that has only .bin files make a copy with `save_pretrained`, and name that"
+            ) from error
+        with safe_open(path, framework="pt") as file:
+            return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+    with open(index, encoding="utf-8") as file:
+        file_by_tensor: dict[str, str] = json.load(file)["weight_map"]
+    for name in set(file_by_tensor.values()):
+        if not re.fullmatch(WEIGHT_FILE_PATTERN, name):
+            raise ValueError(f"{index} names {name!r}, which is no safetensors file beside it: do not use this target")
+    return file_by_tensor
 
 
 def stored_name(name: str, stored: list[str]) -> str:

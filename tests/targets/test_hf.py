@@ -1,6 +1,7 @@
 """T tokens of a document, U teaching tokens of it, L captured layers, D target width, V target vocabulary."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from specforge_core.stages import ResolvedTarget
 from specforge_core.targets import CaptureRequest, GenerationRequest, Sampling, TargetFeatures, hf
 from specforge_core.targets.hf import HFTarget, float32_logits, greedy_and_normalizer
+from specforge_core.targets.weights import TargetFiles
 from tests import tiny
+from tests.pickle_bomb import plant
 
 ALL_LAYERS = tuple(range(tiny.NUM_LAYERS))
 # Not sorted, with equal neighbours, one token alone, and one document longer than a whole batch of 64 tokens.
@@ -275,9 +278,12 @@ def test_pickled_weights_are_refused(tiny_target_dir: Path, tmp_path: Path):
     for path in tiny_target_dir.iterdir():
         if path.suffix == ".json" or path.suffix == ".jinja":
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match=r"model\.safetensors"):
-        HFTarget(tiny.resolved(tmp_path), device="cpu")
+    plant(tmp_path / "pytorch_model.bin", tmp_path / "ran")
+    target = tiny.resolved(tmp_path)
+    for load in (partial(HFTarget, device="cpu"), lambda target: TargetFiles(target).load_target_head()):
+        with pytest.raises(OSError, match=r"model\.safetensors.* safetensors alone.* make a copy with"):
+            load(target)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.gpu

@@ -1,5 +1,7 @@
 """Config and head out of a target's files are those of the loaded model."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +72,15 @@ def test_a_tensor_is_found_behind_other_prefixes_but_never_guessed() -> None:
         stored_name("norm.weight", stored)
     with pytest.raises(ValueError, match=r"no stored tensor is clearly model.embed_tokens.weight"):
         stored_name("model.embed_tokens.weight", stored)
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere.safetensors", "/etc/passwd", "pytorch_model.bin", "a/b.safetensors"])
+def test_an_index_that_names_other_files_than_the_targets_safetensors_is_refused(tmp_path: Path, name: str) -> None:
+    shutil.copytree(DEMO, tmp_path / "target")
+    index = {"weight_map": {"lm_head.weight": name}}
+    (tmp_path / "target/model.safetensors.index.json").write_text(json.dumps(index))
+    target = ResolvedTarget(model=str(tmp_path / "target"), content_id="x", dtype="float32")
+    with pytest.raises(ValueError, match="which is no safetensors file beside it"):
+        TargetFiles(target).load_target_head()
+    with pytest.raises(ValueError, match="which is no safetensors file beside it"):
+        HFTarget(target, device="cpu")

@@ -22,6 +22,7 @@ from specforge_core.training.sharding import Sharding
 from specforge_core.training.step import train_step
 from specforge_core.training.workers import Workers
 from tests.drafts.synthetic import make_document, make_draft, pack
+from tests.pickle_bomb import PickleBomb, plant
 from tests.training.factory import make_batch, make_gpu_draft
 
 CONFIG = TrainingConfig(optimizer="muon", learning_rate=1e-2)
@@ -70,21 +71,11 @@ def test_training_goes_on_bit_for_bit_with_both_optimizers(tmp_path: Path):
     assert expected[0] != expected[1]
 
 
-class Bomb:
-    """Leaves a file where it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self):
-        return Path.touch, (self.mark,)
-
-
 def test_a_pickle_in_the_place_of_the_metadata_does_not_run(tmp_path: Path):
     trainee = Trainee(tmp_path / "checkpoints")
     trainee.save(state(1))
     path, mark = tmp_path / "checkpoints" / "step-00000001", tmp_path / "ran"
-    (path / ".metadata").write_bytes(pickle.dumps(Bomb(mark)))
+    plant(path / ".metadata", mark)
     with pytest.raises(CheckpointException, match=r"a checkpoint's \.metadata names pathlib\.Path\."):
         trainee.checkpointer.load(path, key="mine")
     assert not mark.exists()
@@ -96,7 +87,7 @@ def test_a_pickle_in_the_place_of_the_metadata_does_not_run(tmp_path: Path):
 def test_a_pickle_in_the_place_of_a_tensor_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     trainee = Trainee(tmp_path / "checkpoints")
     tensors, mark = trainee.sharding.state(trainee.optimizers), tmp_path / "ran"
-    tensors["draft"] |= {"fc.weight": Bomb(mark)}
+    tensors["draft"] |= {"fc.weight": PickleBomb(mark)}
     monkeypatch.setattr(Sharding, "state", lambda *args: tensors)
     trainee.save(state(1))
     monkeypatch.undo()

@@ -299,7 +299,7 @@ def build(store: Store, spec: StageSpec) -> Artifact[Any]:
 def _subject(name: str, origin: str, target: ResolvedTarget, entry: ManifestEntry, budget: Budget | None) -> Subject:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(target.model)
+    config = AutoConfig.from_pretrained(target.model, trust_remote_code=target.trust_remote_code)
     with torch.device("meta"):
         num_parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     if budget:
