@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 
+from specforge_core.benchmark.interval import Interval, ratio_interval
 from specforge_core.manifest_sections import ServingConfig
 
 
@@ -118,6 +119,15 @@ class ServerRecord(Record):
     num_restarts: int = 0
 
 
+class PromptSums(Record):
+    """What a draft did on each prompt of a suite, so that two drafts can be compared prompt by prompt."""
+
+    ids_digest: str
+    """Of the prompts' ids in their order, which the two below have too."""
+    num_output_tokens: tuple[int, ...]
+    num_verify_steps: tuple[int, ...]
+
+
 class Measurement(Record):
     """One suite at one serving configuration. Sums, and what follows from them."""
 
@@ -128,6 +138,8 @@ class Measurement(Record):
     num_verify_steps: int
     accepted_by_position: tuple[int, ...]
     """Verification steps in which the draft token at this position was accepted."""
+    prompts: PromptSums | None = None
+    """The same by prompt; None in records from before it was kept."""
     ngram_acceptance_length: float | None = None
     """The same engine with an n-gram drafter, so that predictable text is not oversold. Not of a server."""
     in_process_acceptance_length: float | None = None
@@ -150,14 +162,33 @@ class Measurement(Record):
     @model_validator(mode="before")
     @classmethod
     def _drop_derived(cls, values: Any) -> Any:
-        # Files carry it for their readers; here it follows from the sums.
-        return {k: v for k, v in values.items() if k != "acceptance_length"} if isinstance(values, dict) else values
+        # Files carry them for their readers; here they follow from the sums.
+        derived = {"acceptance_length", "acceptance_length_low", "acceptance_length_high"}
+        return {k: v for k, v in values.items() if k not in derived} if isinstance(values, dict) else values
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def acceptance_length(self) -> float:
         """Tokens per verification step, the target's own token included; SGLang's `spec_accept_length`."""
         return self.num_output_tokens / self.num_verify_steps
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def acceptance_length_low(self) -> float | None:
+        """Lower end of its 95 % interval over prompts; None without the sums of at least two."""
+        return self._interval and self._interval.low
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def acceptance_length_high(self) -> float | None:
+        """Upper end."""
+        return self._interval and self._interval.high
+
+    @property
+    def _interval(self) -> Interval | None:
+        if self.prompts is None or len(self.prompts.num_output_tokens) < 2:
+            return None
+        return ratio_interval([self.prompts.num_output_tokens], [self.prompts.num_verify_steps])
 
     @property
     def serving_gap(self) -> float | None:

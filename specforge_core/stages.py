@@ -232,7 +232,7 @@ class BenchmarkSpec(StageSpec):
     """A served draft in, measurements out."""
 
     stage: ClassVar[str] = "benchmark"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     facts_type: ClassVar[type[Record]] = BenchmarkResult
 
     target: ResolvedTarget

@@ -18,7 +18,8 @@ from specforge_core.benchmark.answers import check_answer
 from specforge_core.benchmark.interval import median_interval
 from specforge_core.benchmark.lossless import LosslessCheck
 from specforge_core.decoding.speculative import Generation
-from specforge_core.facts import Answers, Lossless, Measurement
+from specforge_core.digests import digest
+from specforge_core.facts import Answers, Lossless, Measurement, PromptSums
 from specforge_core.manifest_sections import AnswerKind, ServingConfig
 from specforge_core.progress import progress
 from specforge_core.targets import GenerationRequest, Sampling
@@ -177,13 +178,25 @@ def summarise(workload: Workload, rounds: Rounds, tokenizer: PreTrainedTokenizer
         serving=workload.serving,
         num_prompts=len(speculative),
         **sums._asdict(),
+        prompts=_prompt_sums(speculative),
         baseline_output_tokens_per_s=tuple(run.output_tokens_per_s for run in rounds.baseline),
         output_tokens_per_s=tuple(run.output_tokens_per_s for run in rounds.speculative),
-        speedup=speedup.median,
+        speedup=speedup.value,
         speedup_low=speedup.low,
         speedup_high=speedup.high,
         lossless=None,
         answers=_answers(workload.answer_key, rounds, tokenizer) if workload.answer_key else None,
+    )
+
+
+def _prompt_sums(speculative: Mapping[str, Generation]) -> PromptSums:
+    # Answers come in any order.
+    ids = sorted(speculative)
+    generations = [speculative[id] for id in ids]
+    return PromptSums(
+        ids_digest=digest(ids),
+        num_output_tokens=tuple(len(generation.completion.token_ids) for generation in generations),
+        num_verify_steps=tuple(generation.num_verify_steps for generation in generations),
     )
 
 

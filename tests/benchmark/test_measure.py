@@ -14,7 +14,8 @@ from specforge_core.benchmark.measure import (
     timed_runs,
 )
 from specforge_core.decoding.speculative import Generation
-from specforge_core.facts import Answers
+from specforge_core.digests import digest
+from specforge_core.facts import Answers, PromptSums
 from specforge_core.manifest_sections import ServingConfig
 from specforge_core.targets import Completion, GenerationRequest, Sampling
 from tests import tiny
@@ -77,13 +78,18 @@ def answered(texts: dict[str, str], num_verify_steps: int, elapsed_s: float) -> 
 def test_figures_follow_from_the_rounds_as_counted_by_hand():
     # Every character is a token.
     baseline = [answered({"a": "#### 4", "b": "#### 5"}, 5, 6.0), answered({"a": "#### 6"}, 5, 3.0)]
-    speculative = [answered({"a": "#### 4", "b": "#### 9"}, 3, 3.0), answered({"a": "#### 6"}, 3, 1.0)]
+    speculative = [answered({"b": "#### 9", "a": "#### 4"}, 3, 3.0), answered({"a": "#### 6"}, 3, 1.0)]
     key = AnswerKey("number", {"a": "4", "b": "5", "never asked": "6"})
     workload = Workload("suite", requests(2), Sampling(50), ServingConfig(num_steps=2, num_draft_tokens=3), 2, key)
     figures = summarise(workload, Rounds(baseline, speculative), tiny.make_tokenizer())
     # The second answer to "a" counts for speed alone.
     assert (figures.num_prompts, figures.num_output_tokens, figures.num_verify_steps) == (2, 12, 6)
     assert (figures.accepted_by_position, figures.acceptance_length) == ((4, 2), 2.0)
+    # By prompt, whichever was answered first.
+    assert figures.prompts == PromptSums(
+        ids_digest=digest(["a", "b"]), num_output_tokens=(6, 6), num_verify_steps=(3, 3)
+    )
+    assert (figures.acceptance_length_low, figures.acceptance_length_high) == (2.0, 2.0)
     assert figures.baseline_output_tokens_per_s == (2.0, 2.0)
     assert figures.output_tokens_per_s == (4.0, 6.0)
     assert figures.speedup == 2.5
