@@ -65,6 +65,8 @@ def target_options(target: TargetConfig, engine: EngineConfig) -> Options:
     """The options of a stage's server for this target alone: the baseline."""
     return {
         **model_options(target, tensor_parallel=engine.tensor_parallel),
+        # Of target and draft. Left to itself the server falls back to pickles.
+        "--load-format": "safetensors",
         # Of each GPU, for weights and KV cache, what is already in use included.
         "--mem-fraction-static": engine.mem_fraction_static,
         "--max-running-requests": engine.max_running_requests,

@@ -97,7 +97,7 @@ def test_the_launch_line_says_what_the_measured_server_was_told_and_leaves_its_t
     assert given.items() <= {flag: str(value) for flag, value in measured.items()}.items()
     # These are what the benchmark fixes for its own sake.
     assert {flag for flag, value in measured.items() if value is not False} - given.keys() == {
-        *("--mem-fraction-static", "--cuda-graph-max-bs-decode", "--cuda-graph-backend-prefill"),
+        *("--load-format", "--mem-fraction-static", "--cuda-graph-max-bs-decode", "--cuda-graph-backend-prefill"),
         *("--attention-backend", "--sampling-backend", "--grammar-backend", "--skip-server-warmup", "--enable-metrics"),
     }
 

@@ -34,7 +34,7 @@ INTEGERS = (
 TEXTS = (
     "--model-path --revision --host --dtype --attention-backend --sampling-backend --grammar-backend "
     "--mem-fraction-static --cuda-graph-backend-prefill --cuda-graph-backend-decode --speculative-algorithm "
-    "--forward-hooks --log-level --served-model-name"
+    "--forward-hooks --log-level --served-model-name --load-format"
 ).split()
 
 
