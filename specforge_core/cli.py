@@ -227,8 +227,11 @@ def _sglang_line() -> str:
 
 
 def _plan_title(entry: ManifestEntry, num_gpus: int) -> str:
-    missing = missing_gpus(entry, num_gpus)
-    return f"{entry.name}: {entry.draft.algorithm} draft for {entry.target.model}{f' ({missing})' if missing else ''}"
+    notes = [missing_gpus(entry, num_gpus)]
+    if entry.target.trust_remote_code:
+        notes.append("trust_remote_code: Python code of the target's repository runs")
+    noted = "".join(f" ({note})" for note in notes if note)
+    return f"{entry.name}: {entry.draft.algorithm} draft for {entry.target.model}{noted}"
 
 
 def list_entries(args: argparse.Namespace) -> int:

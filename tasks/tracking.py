@@ -35,7 +35,7 @@ MAX_PARAMS_PER_CALL = 100
 MAX_PARAM_CHARS = 6000
 # Without these a server that is gone holds a build for minutes before tracking gives up.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-PORT = 5000
+HOST, PORT = "127.0.0.1", 5000
 
 P = ParamSpec("P")
 
@@ -49,7 +49,7 @@ def tracking_uri(store: Path) -> str:
 
 def server_command(uri: str, *, port: int = PORT) -> list[str]:
     """The command that shows a database of this host in a browser."""
-    return ["mlflow", "server", "--backend-store-uri", uri, "--port", str(port), "--workers", "1"]
+    return ["mlflow", "server", "--backend-store-uri", uri, "--host", HOST, "--port", str(port), "--workers", "1"]
 
 
 @functools.lru_cache(maxsize=8)
@@ -180,7 +180,7 @@ def comparison_url(store: Path, *, port: int = PORT) -> str | None:
             experiment = _client(uri).get_experiment_by_name(ENTRIES)
     if experiment is None:
         return None
-    base = uri if uri.startswith("http") else f"http://127.0.0.1:{port}"
+    base = uri if uri.startswith("http") else f"http://{HOST}:{port}"
     return f"{base.rstrip('/')}/#/experiments/{experiment.experiment_id}/runs?compareRunsMode=CHART"
 
 

@@ -40,6 +40,15 @@ def test_plan_says_for_each_entry_what_a_build_would_do(factory: Path, capsys: p
     assert not (factory / ".specbundle" / "entries").exists()
 
 
+def test_plan_says_whose_code_will_run(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trusting = tiny_entry("trusting") | {"target": {"model": "target", "dtype": "float32", "trust_remote_code": True}}
+    make_factory(factory, tiny_entry(), trusting)
+    assert cli.main(["plan"]) == 0
+    printed = capsys.readouterr().out
+    assert "tiny: eagle3 draft for target\n" in printed
+    assert "for target (trust_remote_code: Python code of the target's repository runs)\n" in printed
+
+
 def test_plan_says_once_where_sglang_is_or_that_it_is_not(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan"]) == 0
     assert "SGLang" not in capsys.readouterr().out

@@ -95,8 +95,9 @@ def test_baseline_and_draft_server_differ_in_the_draft_alone() -> None:
         "--model-path /models/target --revision abc --dtype bfloat16 --tp-size 2 --load-format safetensors "
         "--mem-fraction-static 0.7 --max-running-requests 32 --cuda-graph-max-bs-decode 32 "
         "--cuda-graph-backend-prefill disabled --attention-backend triton --sampling-backend pytorch "
-        "--grammar-backend none --skip-server-warmup --enable-metrics --speculative-algorithm EAGLE3 --speculative-draft-model-path /drafts/one "
-        "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
+        "--grammar-backend none --skip-server-warmup --enable-metrics --speculative-algorithm EAGLE3 "
+        "--speculative-draft-model-path /drafts/one --speculative-num-steps 3 --speculative-eagle-topk 1 "
+        "--speculative-num-draft-tokens 4"
     )
     assert words.startswith(" ".join(resolve_flags(baseline, known).words))
 
