@@ -22,7 +22,7 @@ MODULES = {
     "vocabulary": "specforge_core.data.vocab",
     "capture": "specforge_core.targets.capture",
     "train": "specforge_core.training.train",
-    "export": "specforge_core.export.sglang",
+    "export": "specforge_core.export.run",
     "benchmark": "specforge_core.benchmark.run",
 }
 

@@ -75,7 +75,9 @@ class ServingDraft(Record):
     architecture: str
     num_parameters: int
     max_reload_error: float
-    """Largest difference of logits between the trained and the re-loaded draft; must be 0."""
+    """Largest difference of logits between the trained and the re-loaded draft, in any format; must be 0."""
+    formats: tuple[str, ...] = ("sglang",)
+    """What it was written for: `sglang` at the root of the folder, `speculators` (vLLM) below."""
 
 
 class Environment(Record):

@@ -137,7 +137,7 @@ def train_spec(
 
 def export_spec(recipe: Recipe, checkpoint: Artifact[DraftCheckpoint]) -> ExportSpec:
     """The draft in the form that a server loads."""
-    return ExportSpec(target=recipe.target, checkpoint=checkpoint.path)
+    return ExportSpec(target=recipe.target, checkpoint=checkpoint.path, num_steps=recipe.entry.draft.num_steps)
 
 
 def benchmark_spec(

@@ -218,14 +218,16 @@ class TrainSpec(StageSpec):
 
 
 class ExportSpec(StageSpec):
-    """A draft checkpoint in, a folder that SGLang serves out."""
+    """A draft checkpoint in, the folders that servers load out."""
 
     stage: ClassVar[str] = "export"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     facts_type: ClassVar[type[Record]] = ServingDraft
 
     target: ResolvedTarget
     checkpoint: InputDirectory
+    num_steps: int
+    """Of training-time test: how much a vLLM server drafts at once unless it is told."""
 
 
 class BenchmarkSpec(StageSpec):

@@ -59,7 +59,7 @@ def specs(tmp_path: Path) -> dict[str, StageSpec]:
         VocabularySpec(target=TARGET, conversations=inputs["conversations"], draft_vocab_size=10),
         capture_spec(inputs["conversations"], training),
         train_spec(inputs["hidden_states"], inputs["vocabulary"], training),
-        ExportSpec(target=TARGET, checkpoint=inputs["checkpoint"]),
+        ExportSpec(target=TARGET, checkpoint=inputs["checkpoint"], num_steps=3),
         BenchmarkSpec(
             target=TARGET,
             draft=inputs["draft"],

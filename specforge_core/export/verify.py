@@ -19,7 +19,6 @@ NUM_AUX_LAYERS = 3
 
 # The values that say "this is the model that was trained". A server's default for an absent one varies by version.
 FIXED_FIELDS: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLMEagle3"],
     "model_type": "llama",
     "num_hidden_layers": 1,
     "hidden_act": "silu",
@@ -27,6 +26,7 @@ FIXED_FIELDS: dict[str, Any] = {
     "norm_before_residual": False,
     "tie_word_embeddings": False,
 }
+ARCHITECTURES = ["LlamaForCausalLMEagle3"]
 SIZE_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -57,7 +57,7 @@ def check_serving_folder(directory: Path, target_config: dict[str, Any]) -> None
     # Without sizes nothing can be said about tensors.
     errors = size_errors(config) or [
         *config_errors(config, target_config),
-        *tensor_errors(directory / WEIGHTS_NAME, config),
+        *tensor_errors(directory / WEIGHTS_NAME, expected_tensors(config, layer="midlayer")),
     ]
     if errors:
         raise ValueError(
@@ -65,24 +65,24 @@ def check_serving_folder(directory: Path, target_config: dict[str, Any]) -> None
         )
 
 
-def expected_tensors(config: dict[str, Any]) -> dict[str, TensorForm]:
-    """Every tensor that the config calls for, by name; no other may be there."""
+def expected_tensors(config: dict[str, Any], *, layer: str) -> dict[str, TensorForm]:
+    """Every tensor that the config calls for, by name; no other may be there. Args: layer: what the layer is called."""
     width, target_width = config["hidden_size"], config.get("target_hidden_size", config["hidden_size"])
     query_width = config["num_attention_heads"] * config["head_dim"]
     kv_width = config["num_key_value_heads"] * config["head_dim"]
     feed_forward = config["intermediate_size"]
     shapes: dict[str, tuple[int, ...]] = {
         "fc.weight": (width, NUM_AUX_LAYERS * target_width),
-        "midlayer.input_layernorm.weight": (width,),
-        "midlayer.hidden_norm.weight": (width,),
-        "midlayer.self_attn.q_proj.weight": (query_width, 2 * width),
-        "midlayer.self_attn.k_proj.weight": (kv_width, 2 * width),
-        "midlayer.self_attn.v_proj.weight": (kv_width, 2 * width),
-        "midlayer.self_attn.o_proj.weight": (width, query_width),
-        "midlayer.post_attention_layernorm.weight": (width,),
-        "midlayer.mlp.gate_proj.weight": (feed_forward, width),
-        "midlayer.mlp.up_proj.weight": (feed_forward, width),
-        "midlayer.mlp.down_proj.weight": (width, feed_forward),
+        f"{layer}.input_layernorm.weight": (width,),
+        f"{layer}.hidden_norm.weight": (width,),
+        f"{layer}.self_attn.q_proj.weight": (query_width, 2 * width),
+        f"{layer}.self_attn.k_proj.weight": (kv_width, 2 * width),
+        f"{layer}.self_attn.v_proj.weight": (kv_width, 2 * width),
+        f"{layer}.self_attn.o_proj.weight": (width, query_width),
+        f"{layer}.post_attention_layernorm.weight": (width,),
+        f"{layer}.mlp.gate_proj.weight": (feed_forward, width),
+        f"{layer}.mlp.up_proj.weight": (feed_forward, width),
+        f"{layer}.mlp.down_proj.weight": (width, feed_forward),
         "norm.weight": (width,),
         "lm_head.weight": (config["draft_vocab_size"], width),
     }
@@ -104,12 +104,26 @@ def size_errors(config: dict[str, Any]) -> list[str]:
 
 
 def config_errors(config: dict[str, Any], target_config: dict[str, Any]) -> list[str]:
-    """What is wrong with a draft's config.json, beside its target's."""
-    errors = [
+    """What is wrong with the config.json that SGLang reads, beside the target's."""
+    return [
+        *fixed_errors(config, {"architectures": ARCHITECTURES}),
+        *model_errors(config, target_config),
+        *_aux_layer_errors(config, target_config["num_hidden_layers"]),
+    ]
+
+
+def fixed_errors(config: dict[str, Any], required: dict[str, Any]) -> list[str]:
+    """Which fields are not what they must be."""
+    return [
         f"{CONFIG_NAME}: {name} is {config.get(name, 'absent')!r}, must be {value!r}"
-        for name, value in FIXED_FIELDS.items()
+        for name, value in required.items()
         if config.get(name) != value
     ]
+
+
+def model_errors(config: dict[str, Any], target_config: dict[str, Any]) -> list[str]:
+    """What is wrong with the fields that every server reads under the same names, beside the target's."""
+    errors = fixed_errors(config, FIXED_FIELDS)
     errors += [
         f"{CONFIG_NAME}: {name} is {config.get(name, 'absent')!r}; write true or false, as trained"
         for name in FLAG_FIELDS
@@ -139,7 +153,7 @@ def config_errors(config: dict[str, Any], target_config: dict[str, Any]) -> list
             f"{CONFIG_NAME}: hidden_size {config['hidden_size']} differs from the target's "
             f"{target_config['hidden_size']}; such a draft needs its own embedding, which is not exported"
         )
-    return errors + _rope_errors(config) + _aux_layer_errors(config, target_config["num_hidden_layers"])
+    return errors + _rope_errors(config)
 
 
 def _rope_errors(config: dict[str, Any]) -> list[str]:
@@ -178,9 +192,8 @@ def _aux_layer_errors(config: dict[str, Any], num_target_layers: int) -> list[st
     return errors
 
 
-def tensor_errors(path: Path, config: dict[str, Any]) -> list[str]:
+def tensor_errors(path: Path, expected: dict[str, TensorForm]) -> list[str]:
     """What is wrong with the names, types, shapes and vocabulary maps of a draft's tensors."""
-    expected = expected_tensors(config)
     with safe_open(path, framework="numpy") as file:
         found = {
             name: TensorForm(part.get_dtype(), tuple(part.get_shape()))
@@ -198,7 +211,9 @@ def tensor_errors(path: Path, config: dict[str, Any]) -> list[str]:
             for name in sorted(expected.keys() & found.keys())
             if found[name] != expected[name]
         ]
-        return errors or _vocabulary_errors(path, file.get_tensor("d2t"), file.get_tensor("t2d"))
+        if errors or "d2t" not in expected:
+            return errors
+        return _vocabulary_errors(path, file.get_tensor("d2t"), file.get_tensor("t2d"))
 
 
 def _vocabulary_errors(path: Path, d2t: np.ndarray, t2d: np.ndarray) -> list[str]:

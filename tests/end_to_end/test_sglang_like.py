@@ -14,7 +14,7 @@ from specforge_core.artifacts import Artifact, BuildArtifacts, damaged_files
 from specforge_core.benchmark.report import make_report, report_markdown
 from specforge_core.data.conversations import load_conversations
 from specforge_core.demo.inflate import DEMO_TARGET
-from specforge_core.export.sglang import load_target_config
+from specforge_core.export.run import load_target_config
 from specforge_core.export.verify import check_serving_folder
 from specforge_core.facts import BenchmarkResult, Record
 from specforge_core.hub.repository import publish_directory, repository_files

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from specforge_core.drafts.base import TargetHead
 from specforge_core.drafts.eagle3 import Eagle3Draft
-from specforge_core.export.sglang import load_target_config, main, reload_error
+from specforge_core.export.run import load_target_config, main, read_folder, reload_error
+from specforge_core.export.speculators import DraftFiles
 from specforge_core.export.verify import check_serving_folder
 from specforge_core.manifest_sections import Eagle3Config
 from specforge_core.stages import ExportSpec, ResolvedTarget
@@ -36,7 +37,7 @@ def export(tmp_path: Path, target: ResolvedTarget, **flags: Any) -> Path:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", target, Eagle3Config(num_steps=3, **flags))
     out = tmp_path / "draft"
     out.mkdir()
-    facts = main(ExportSpec(target=target, checkpoint=checkpoint), out)
+    facts = main(ExportSpec(target=target, checkpoint=checkpoint, num_steps=3), out)
     assert facts.max_reload_error == 0.0
     assert facts.architecture == "LlamaForCausalLMEagle3"
     return out
@@ -46,7 +47,7 @@ def test_the_folder_holds_the_trained_weights_in_bfloat16_and_the_maps_as_they_a
     tmp_path: Path, tiny_target: ResolvedTarget
 ) -> None:
     out = export(tmp_path, tiny_target)
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors", "speculators"]
     trained = load_file(tmp_path / "checkpoint/draft.safetensors")
     exported = load_file(out / "model.safetensors")
     assert exported.keys() == trained.keys()
@@ -92,7 +93,7 @@ def test_a_tensor_changed_on_its_way_to_disk_is_named(tmp_path: Path, tiny_targe
     damaged["midlayer.mlp.up_proj.weight"][0, 0] += 1
     save_file(damaged, out / "model.safetensors")
     with pytest.raises(ValueError, match=r"midlayer\.mlp\.up_proj\.weight in .* differs from the trained tensor"):
-        reload_error(out, json.loads((out / "config.json").read_text()), trained)
+        reload_error(DraftFiles(read_folder(out).config, trained), read_folder(out), out)
 
 
 def test_a_flag_that_training_did_not_use_is_seen_in_the_logits(tmp_path: Path, tiny_target: ResolvedTarget) -> None:
@@ -102,7 +103,7 @@ def test_a_flag_that_training_did_not_use_is_seen_in_the_logits(tmp_path: Path, 
     # The folder alone is plausible; only the comparison with the trained draft shows it.
     check_serving_folder(out, load_target_config(tiny_target))
     with pytest.raises(ValueError, match="its logits differ by"):
-        reload_error(out, config, load_file(out / "model.safetensors"))
+        reload_error(DraftFiles(config, load_file(out / "model.safetensors")), read_folder(out), out)
 
 
 def test_a_diverged_draft_is_not_exported(tmp_path: Path, tiny_target: ResolvedTarget) -> None:
@@ -113,7 +114,7 @@ def test_a_diverged_draft_is_not_exported(tmp_path: Path, tiny_target: ResolvedT
     tensors["fc.weight"][0, 0] = torch.finfo(torch.float32).max
     save_file(tensors, checkpoint / "draft.safetensors")
     with pytest.raises(ValueError, match=r"fc\.weight has 1 values of 12288 that are not finite"):
-        main(ExportSpec(target=tiny_target, checkpoint=checkpoint), tmp_path)
+        main(ExportSpec(target=tiny_target, checkpoint=checkpoint, num_steps=3), tmp_path)
 
 
 def test_a_draft_of_another_target_is_not_exported(tmp_path: Path, tiny_target: ResolvedTarget) -> None:
@@ -121,4 +122,4 @@ def test_a_draft_of_another_target_is_not_exported(tmp_path: Path, tiny_target: 
     config = json.loads((checkpoint / "draft_config.json").read_text())
     (checkpoint / "draft_config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
     with pytest.raises(ValueError, match="max_position_embeddings is 2048, must be the target's 512"):
-        main(ExportSpec(target=tiny_target, checkpoint=checkpoint), tmp_path)
+        main(ExportSpec(target=tiny_target, checkpoint=checkpoint, num_steps=3), tmp_path)
