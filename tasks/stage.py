@@ -42,6 +42,8 @@ MIRROR_VARIABLE = "SPECBUNDLE_MIRROR"
 NODES_VARIABLE = "PET_NNODES"
 """torchrun's own name, as is PET_RDZV_ENDPOINT (host:port on one of the nodes), which it wants beside. With both set a
 training spans so many nodes: it waits until the command that it logs runs on the others, over the same store."""
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
+"""For processes that train together on one host; gloo would listen at the host's own address."""
 RETRY_DELAYS_S = [5.0, 30.0]
 
 
@@ -139,7 +141,11 @@ def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store, mirror: M
                 f"stage {spec.stage}",
                 command,
                 log=log,
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(lease.devices) if spec.device == "cuda" else ""},
+                env={
+                    **({} if _spans_nodes() else LOOPBACK),
+                    **os.environ,
+                    "CUDA_VISIBLE_DEVICES": ",".join(lease.devices) if spec.device == "cuda" else "",
+                },
                 on_line=on_line,
                 hold_fds=(lock_fd, *lease.fds),
             ) as process,
@@ -159,11 +165,16 @@ def stage_command(spec: StageSpec, spec_path: Path, out: Path) -> list[str]:
     num_processes = getattr(spec, "num_processes", None)
     if num_processes is None:
         return [sys.executable, *stage]
-    num_nodes = os.environ.get(NODES_VARIABLE, "1")
-    # The key tells this job from others at the same endpoint.
-    nodes = ["--standalone"] if num_nodes == "1" else ["--rdzv-backend=c10d", f"--rdzv-id={spec.key()}"]
-    launcher = ["-m", "torch.distributed.run", *nodes, f"--nproc-per-node={num_processes}"]
-    return [sys.executable, *(launcher if num_nodes != "1" or num_processes > 1 else []), *stage]
+    # Processes of one host meet in a file: torchrun's own way is a port on every interface, and what it reads there is
+    # a pickle. The key tells a job of several nodes from others at the same endpoint.
+    in_a_file = ["--rdzv-conf=store_type=file", "--rdzv-endpoint=", "--local-addr=127.0.0.1"]
+    meeting = [f"--rdzv-id={spec.key()}"] if _spans_nodes() else in_a_file
+    launcher = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", *meeting, f"--nproc-per-node={num_processes}"]
+    return [sys.executable, *(launcher if _spans_nodes() or num_processes > 1 else []), *stage]
+
+
+def _spans_nodes() -> bool:
+    return os.environ.get(NODES_VARIABLE, "1") != "1"
 
 
 def device_lock_dir() -> Path:

@@ -200,7 +200,8 @@ class WideSpec(EchoSpec):
 def test_several_processes_run_under_torchrun(tmp_path: Path) -> None:
     command = stage_command(WideSpec(text="hello"), tmp_path / "spec.json", tmp_path / "out")
     assert command[1:] == [
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *("-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-conf=store_type=file"),
+        *("--rdzv-endpoint=", "--local-addr=127.0.0.1", "--nproc-per-node=2"),
         *("-m", "specforge_core", "echo", "--spec", str(tmp_path / "spec.json"), "--out", str(tmp_path / "out")),
     ]
     for alone in (WideSpec(text="hello", num_processes=1), EchoSpec(text="hello")):
