@@ -1,0 +1,29 @@
+"""A local Hub, and clients of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from specforge_core.hub import client
+from tests.hub_like import server
+from tests.hub_like.server import TOKEN
+
+
+@pytest.fixture(autouse=True)
+def _no_xet(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The environment variable is read when the client is imported, which other tests have done.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+
+@pytest.fixture
+def hub_server(tmp_path: Path) -> Iterator[server.Hub]:
+    with server.running(tmp_path / "hub") as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(hub_server: server.Hub) -> client.Hub:
+    """As the owner of a token that may write."""
+    return client.Hub(hub_server.url, TOKEN, delays_s=(0.01,) * 3)
