@@ -4,6 +4,7 @@ from prefect import flow
 
 from flows import stages
 from specforge_core.artifacts import BuildArtifacts
+from specforge_core.benchmark.compare import Standing
 from specforge_core.facts import Published, Rejected, Withheld
 from tasks.stage import EntryBuild
 
@@ -18,7 +19,7 @@ def build_draft(build: EntryBuild) -> Published | Rejected | Withheld:
     draft = stages.export(build, checkpoint)
     benchmark = stages.benchmark(build, draft, conversations)
     artifacts = BuildArtifacts(conversations, vocabulary, hidden_states, checkpoint, draft, benchmark)
-    failures = stages.check_gates(build.recipe.entry.gates, vocabulary.facts, benchmark.facts)
+    failures = stages.check_gates(build.recipe.entry.gates, vocabulary.facts, benchmark.facts, Standing())
     stages.report(build, artifacts, failures)
     if failures:
         return Rejected(failures=failures)

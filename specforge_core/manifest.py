@@ -9,6 +9,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from specforge_core.digests import digest
 from specforge_core.manifest_errors import ManifestError, cross_field_error, problems_in, read_document
+from specforge_core.manifest_gates import GatesConfig
 from specforge_core.manifest_publish import PublishConfig
 from specforge_core.manifest_sections import (
     BenchmarkConfig,
@@ -17,7 +18,6 @@ from specforge_core.manifest_sections import (
     DraftConfig,
     EngineConfig,
     FeaturesConfig,
-    GatesConfig,
     Name,
     ParallelConfig,
     PromptSource,
@@ -68,6 +68,14 @@ class ManifestEntry(Config):
                 ("gates", "min_speedup"),
                 f"{gates.min_speedup} can never be reached: a step emits at most {min(alone)} tokens; lower it",
             )
+        measured = [(suite.name, serving) for suite in self.benchmark.suites for serving in self.benchmark.serving]
+        for i, threshold in enumerate(gates.thresholds):
+            if not any(threshold.fits(suite, serving.concurrency) for suite, serving in measured):
+                raise cross_field_error(
+                    ("gates", "thresholds", i),
+                    f"is for nothing that benchmark measures: suite {threshold.suite or 'any'} at concurrency "
+                    f"{threshold.concurrency or 'any'}; correct its suite or concurrency",
+                )
         return self
 
     @model_validator(mode="after")

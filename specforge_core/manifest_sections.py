@@ -359,23 +359,6 @@ class BenchmarkConfig(Config):
         return self
 
 
-class GatesConfig(Config):
-    """What a draft must reach, on every suite, before it is published."""
-
-    min_acceptance_length: float = Field(default=1.0, ge=1.0)
-    """Tokens per verification step, at every serving configuration."""
-    min_speedup: float = Field(default=1.0, ge=0.0)
-    """Output tokens per second over the same engine's without draft, at concurrency 1."""
-    min_vocabulary_coverage: Fraction = 0.0
-    """Share of the supervised tokens that are in the draft vocabulary."""
-    lossless: bool = True
-    """Greedy outputs with and without draft differ nowhere but at near-ties."""
-    max_serving_gap: Fraction = 0.05
-    """How far the server's acceptance length may be from that of the same draft in the stage's own process, where
-    `benchmark.num_in_process_prompts` asks for it. Few prompts differ by some percent by chance: texts part at
-    near-ties."""
-
-
 class ResourcesConfig(Config):
     """What a build of the entry occupies on its host."""
 

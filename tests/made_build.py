@@ -12,17 +12,18 @@ from specforge_core.facts import (
     HiddenStates,
     Lossless,
     Measurement,
+    PromptSums,
     ServerRecord,
     ServingDraft,
     SweepPoint,
     Vocabulary,
 )
 from specforge_core.manifest import ManifestEntry
+from specforge_core.manifest_gates import GatesConfig
 from specforge_core.manifest_publish import PublishConfig
 from specforge_core.manifest_sections import (
     BenchmarkConfig,
     DataConfig,
-    GatesConfig,
     PromptSource,
     ServingConfig,
     SuiteConfig,
@@ -52,6 +53,15 @@ def measurement(suite: str = "math", **changes: Any) -> Measurement:
         "lossless": Lossless(num_identical=9, num_near_tie=1, num_different=0),
     }
     return Measurement(**(values | changes))
+
+
+def prompts(*num_verify_steps: int, num_output_tokens: int = 30, ids_digest: str = "of the suite") -> PromptSums:
+    """So many tokens for each prompt, in so many steps."""
+    return PromptSums(
+        ids_digest=ids_digest,
+        num_output_tokens=(num_output_tokens,) * len(num_verify_steps),
+        num_verify_steps=num_verify_steps,
+    )
 
 
 def result(*measurements: Measurement) -> BenchmarkResult:

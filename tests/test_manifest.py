@@ -261,6 +261,16 @@ def test_scalars_are_read_as_yaml_1_2_reads_them(tmp_path: Path) -> None:
             "gates.min_speedup: 1.5 is required at concurrency 1, where nothing is measured",
         ),
         (
+            "    gates: {thresholds: [{suite: no-such, concurrency: 8, min_speedup: 1.5}]}",
+            17,
+            "gates.thresholds[0]: is for nothing that benchmark measures: suite no-such at concurrency 8; correct its",
+        ),
+        (
+            "    gates: {thresholds: [{concurrency: 1}]}",
+            17,
+            "gates.thresholds[0].min_acceptance_length: is missing, and so is min_speedup; a threshold needs one",
+        ),
+        (
             "    draft: {num_steps: 2}\n    benchmark: {serving: [{num_steps: 5, num_draft_tokens: 6}]}",
             18,
             "benchmark.serving[0].num_steps: 5 is more than 4, 2 times the draft.num_steps=2 that training unrolls",

@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 
 from specforge_core.artifacts import Artifact, BuildArtifacts, damaged_files, load_artifact
+from specforge_core.benchmark.compare import Standing
 from specforge_core.benchmark.report import make_report
 from specforge_core.data.conversations import load_conversations
 from specforge_core.export.run import load_target_config
 from specforge_core.export.verify import check_serving_folder
 from specforge_core.hub.repository import publish_directory, repository_files
 from specforge_core.manifest import ManifestEntry
+from specforge_core.manifest_gates import GatesConfig
 from specforge_core.manifest_sections import (
     BenchmarkConfig,
     DataConfig,
     Eagle3Config,
     EngineConfig,
-    GatesConfig,
     PromptSource,
     ResourcesConfig,
     SuiteConfig,
@@ -146,7 +147,7 @@ def test_the_benchmark_is_lossless_and_counts_add_up(artifacts: BuildArtifacts) 
 
 
 def test_the_result_can_be_judged_and_published(artifacts: BuildArtifacts, recipe: Recipe, tmp_path: Path) -> None:
-    failures = check_gates(recipe.entry.gates, artifacts.vocabulary.facts, artifacts.benchmark.facts)
+    failures = check_gates(recipe.entry.gates, artifacts.vocabulary.facts, artifacts.benchmark.facts, Standing())
     assert [failure.message for failure in failures] == []
     report = make_report(recipe.entry, recipe.target, artifacts, failures)
     published = publish_directory(tmp_path, "real-prompts", repository_files(report, artifacts, recipe.target))

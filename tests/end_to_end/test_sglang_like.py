@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from specforge_core.artifacts import Artifact, BuildArtifacts, damaged_files
+from specforge_core.benchmark.compare import Standing
 from specforge_core.benchmark.report import make_report, report_markdown
 from specforge_core.data.conversations import load_conversations
 from specforge_core.demo.inflate import DEMO_TARGET
@@ -19,11 +20,11 @@ from specforge_core.export.verify import check_serving_folder
 from specforge_core.facts import BenchmarkResult, Record
 from specforge_core.hub.repository import publish_directory, repository_files
 from specforge_core.manifest import ManifestEntry
+from specforge_core.manifest_gates import GatesConfig
 from specforge_core.manifest_sections import (
     BenchmarkConfig,
     DataConfig,
     Eagle3Config,
-    GatesConfig,
     PromptSource,
     SuiteConfig,
     SweepConfig,
@@ -181,7 +182,7 @@ def test_the_result_can_be_judged_reported_and_published(
     for artifact in artifacts:
         assert damaged_files(artifact, read_content=True) == []
     recipe = build.recipe
-    assert check_gates(recipe.entry.gates, artifacts.vocabulary.facts, artifacts.benchmark.facts) == ()
+    assert check_gates(recipe.entry.gates, artifacts.vocabulary.facts, artifacts.benchmark.facts, Standing()) == ()
     report = make_report(recipe.entry, recipe.target, artifacts, ())
     assert "3-1-4" in report_markdown(report)
     published = publish_directory(tmp_path, "served", repository_files(report, artifacts, recipe.target))

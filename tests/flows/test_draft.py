@@ -7,6 +7,7 @@ import pytest
 
 from flows import draft
 from specforge_core.artifacts import BuildArtifacts
+from specforge_core.benchmark.compare import Standing
 from specforge_core.facts import GateFailure, Published, Rejected, Withheld
 from tests import made_build
 from tests.builds import entry_build
@@ -66,7 +67,10 @@ def test_stages_run_in_order_and_each_gets_what_it_reads(
         ("train", (build, artifacts.hidden_states, artifacts.vocabulary, artifacts.conversations)),
         ("export", (build, artifacts.checkpoint)),
         ("benchmark", (build, artifacts.draft, artifacts.conversations)),
-        ("check_gates", (build.recipe.entry.gates, artifacts.vocabulary.facts, artifacts.benchmark.facts)),
+        (
+            "check_gates",
+            (build.recipe.entry.gates, artifacts.vocabulary.facts, artifacts.benchmark.facts, Standing()),
+        ),
         ("report", (build, artifacts, ())),
         ("publish", (build, artifacts)),
     ]
