@@ -1,0 +1,140 @@
+"""What the site shows, gathered from a store: every entry with its builds, curves and champion. Torch-free."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from statistics import geometric_mean
+from typing import NamedTuple
+
+from specforge_core.artifacts import METRICS_NAME
+from specforge_core.benchmark.headline import Headline, headline
+from specforge_core.benchmark.history import History, load_history
+from specforge_core.benchmark.report import EntryReport
+from specforge_core.facts import Published, Rejected
+from specforge_core.ledger import EntryRecord, load_entry_record
+from specforge_core.manifest import ManifestEntry
+
+STATUSES = {
+    "published": "passed its gates and is published",
+    "passed": "passed its gates",
+    "rejected": "failed a gate, and is kept",
+    "building": "is being built again; the figures are those of the build before",
+    "started": "was started and has no result yet",
+    "never built": "stands in the manifest alone",
+}
+"""What becomes of an entry, in the order that a reader asks for."""
+
+
+class Champion(NamedTuple):
+    """The version of a registered draft that users are to take."""
+
+    version: str
+    content_id: str
+    """Of the published repository."""
+    repository: str | None = None
+    url: str | None = None
+
+
+class Curve(NamedTuple):
+    """One metric of a training run."""
+
+    name: str
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+class EntryView(NamedTuple):
+    """All that is known of one entry."""
+
+    name: str
+    entry: ManifestEntry
+    """As the manifest has it, else as it was last built."""
+    status: str
+    """A key of STATUSES."""
+    record: EntryRecord
+    history: History
+    curves: tuple[Curve, ...]
+    """Of the last build's training; empty where its metrics are not in this store."""
+    champion: Champion | None
+
+    @property
+    def last(self) -> EntryReport | None:
+        """The newest report."""
+        return self.history.reports[-1].report if self.history.reports else None
+
+    @property
+    def measured_at(self) -> datetime | None:
+        """When the newest report's draft was measured."""
+        return self.last.lineage.stages["benchmark"].created_at if self.last else None
+
+    @property
+    def means(self) -> Headline | None:
+        """The newest report's headline."""
+        return headline(self.last.benchmark) if self.last else None
+
+    @property
+    def speedup_interval(self) -> tuple[float, float] | None:
+        """Geometric means of the suites' interval ends: as if all suites erred the same way, so wider than 95 %."""
+        if self.last is None or not self.last.benchmark.measurements:
+            return None
+        first = [
+            m for m in self.last.benchmark.measurements if m.serving == self.last.benchmark.measurements[0].serving
+        ]
+        return geometric_mean(m.speedup_low for m in first), geometric_mean(m.speedup_high for m in first)
+
+    @property
+    def num_identical(self) -> tuple[int, int] | None:
+        """Outputs equal to the target's own or apart at a near-tie, and all that were compared; None if sampled."""
+        checks = [m.lossless for m in self.last.benchmark.measurements if m.lossless] if self.last else []
+        if not checks:
+            return None
+        equal = sum(check.num_identical + check.num_near_tie for check in checks)
+        return equal, equal + sum(check.num_different for check in checks)
+
+
+def collect(store: Path, entries: Sequence[ManifestEntry], champions: Mapping[str, Champion]) -> tuple[EntryView, ...]:
+    """The manifest's entries in its order, then those that only the store knows."""
+    known = {entry.name: entry for entry in entries}
+    built = sorted({path.stem for path in (store / "reports").glob("*.json")} - known.keys())
+    views = (_view(store, name, known.get(name), champions.get(name)) for name in [*known, *built])
+    return tuple(view for view in views if view)
+
+
+def _view(store: Path, name: str, entry: ManifestEntry | None, champion: Champion | None) -> EntryView | None:
+    history, record = load_history(store, name), load_entry_record(store, name)
+    last = history.reports[-1].report if history.reports else None
+    entry = entry or (last.lineage.entry if last else None)
+    if entry is None:
+        return None
+    curves = tuple(_curves(store / "train" / last.lineage.stages["train"].key / METRICS_NAME)) if last else ()
+    return EntryView(name, entry, _status(record, last), record, history, curves, champion)
+
+
+def _status(record: EntryRecord, last: EntryReport | None) -> str:
+    if last is None:
+        return "started" if record.keys else "never built"
+    match record.outcome:
+        case Published():
+            return "published"
+        case Rejected():
+            return "rejected"
+        case None if record.keys:
+            return "building"
+    # Not published on purpose; or the store was not the one that built it, and the report alone is known.
+    return "rejected" if last.failures else "passed"
+
+
+def _curves(path: Path) -> Iterator[Curve]:
+    """The metrics of a `metrics.jsonl` by name, whole lines alone; none if it is not there."""
+    if not path.is_file():
+        return
+    points: dict[str, dict[int, float]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        values = json.loads(line) if line.endswith("\n") else {}
+        step = values.pop("step", 0)
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                points.setdefault(name, {})[int(step)] = float(value)
+    for name, by_step in points.items():
+        yield Curve(name, tuple(by_step), tuple(by_step.values()))
