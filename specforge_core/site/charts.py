@@ -264,12 +264,13 @@ def history(builds: Sequence[RecordedReport], *, field: str, title: str, require
     y = {"field": "value_f", **NUMBER, "title": title, "scale": {"zero": False, "padding": 14}}
     tooltip = _tooltip(build="build", value_f=title, gates="gates", at="recorded", commit="commit")
     verdicts: dict[str, Spec] = {"passed": {"shape": "circle"}, "failed": {"shape": "cross", "style": "failed"}}
+    point: Spec = {"type": "point", "size": 120, "filled": True, "opacity": 1}
     layers: list[Spec] = [
         {"mark": {"type": "line", "opacity": 0.5}},
         *(
             {
                 "transform": [{"filter": {"field": "gates", "equal": gates}}],
-                "mark": {"type": "point", "size": 120, "filled": True, "opacity": 1, **mark},
+                "mark": point | mark,
                 "encoding": {"tooltip": tooltip},
             }
             for gates, mark in verdicts.items()
