@@ -23,6 +23,7 @@ from specforge_core.plan import make_recipe
 from specforge_core.process import children_end_on_error
 from specforge_core.selection import missing_gpus, select_entries
 from tasks import tracking
+from tasks.publish import check_destination
 from tasks.stage import EntryBuild, run_logger
 from tasks.tracking import TrackedRun
 
@@ -107,7 +108,8 @@ def build_entry(entry: ManifestEntry, settings: BuildSettings) -> EntryRow:
     """Build one entry, on record: its row in the summary. Raises: whatever stopped it."""
     if reason := missing_gpus(entry, len(settings.gpus)):
         raise ValueError(f"{reason}; build it on a host that has them, or choose others with --only")
-    started_at = time.monotonic()
+    started_at, publish_to = time.monotonic(), settings.publish_to or entry.publish.to
+    check_destination(entry, publish_to)
     recipe = make_recipe(
         entry, base_dir=settings.base_dir, store=settings.store, gpus=settings.gpus, environ=os.environ
     )
@@ -133,7 +135,7 @@ def build_entry(entry: ManifestEntry, settings: BuildSettings) -> EntryRow:
         recipe=recipe,
         store=settings.store,
         gpus=tuple(gpu.id for gpu in settings.gpus),
-        publish_to=settings.publish_to or entry.publish.to,
+        publish_to=publish_to,
         dry_run=settings.dry_run,
         tracking=run,
     )

@@ -84,11 +84,11 @@ def row_of_outcome(name: str, outcome: Outcome, *, store: Path, elapsed_s: float
     """The row of a build that reached its end."""
     status: Any
     if isinstance(outcome, Published):
-        status, detail = "published", f"{outcome.path}{'' if outcome.changed else ' (unchanged)'}"
+        status, detail = "published", f"{outcome.url or outcome.path}{'' if outcome.changed else ' (unchanged)'}"
     elif isinstance(outcome, Rejected):
         status, detail = "rejected", "; ".join(failure.message for failure in outcome.failures)
     else:
-        status, detail = "passed", "not published, as asked"
+        status, detail = "passed", f"not published, as asked{f'; {outcome.plan}' if outcome.plan else ''}"
     benchmark = last_artifact(Store(store), name, "benchmark")
     means = headline(benchmark.facts) if benchmark else None
     return EntryRow(
@@ -119,5 +119,6 @@ def show_summary(summary: BuildSummary) -> None:
         )
     for row in summary.rows:
         if row.status == "published":
-            path = row.detail.removesuffix(" (unchanged)")
-            create_link_artifact(key=artifact_key(f"draft-{row.entry}"), link=Path(path).as_uri(), link_text=path)
+            place = row.detail.removesuffix(" (unchanged)")
+            link = place if place.startswith("http") else Path(place).as_uri()
+            create_link_artifact(key=artifact_key(f"draft-{row.entry}"), link=link, link_text=place)

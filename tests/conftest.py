@@ -10,6 +10,8 @@ from specforge_core.process import ending
 from specforge_core.stages import ResolvedTarget
 from tests import tiny
 
+pytest_plugins = ["tests.hub_like.fixtures"]
+
 
 @pytest.fixture(scope="session")
 def tiny_target_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:

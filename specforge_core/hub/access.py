@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from specforge_core.hub.client import Hub
-from specforge_core.hub.upload import Repository
+from specforge_core.hub.upload import Repository, repository_head
 
 logger = logging.getLogger(__name__)
 
@@ -14,7 +14,7 @@ READING_ROLES = ("read", None)
 def check_write_access(hub: Hub, repository: Repository) -> str:
     """The name of the token's owner, who may write this repository as far as the Hub tells.
 
-    Raises: ValueError if not; as `Hub.call`.
+    Raises: ValueError if not, or if it should be private and is public; as `Hub.call`.
     """
     owner = hub.call("asking whose token this is", hub.api.whoami)
     name, namespace = owner["name"], repository.name.partition("/")[0]
@@ -39,6 +39,7 @@ def check_write_access(hub: Hub, repository: Repository) -> str:
             name,
             repository.title,
         )
+    hub.call(f"reading {repository.title}", lambda: repository_head(hub, repository))
     return str(name)
 
 

@@ -79,7 +79,7 @@ def publish_directory(root: Path, name: str, files: Mapping[str, Path | bytes]) 
     versions = root / VERSIONS / name
     versions.mkdir(parents=True, exist_ok=True)
     with _locked(root / VERSIONS / f"{name}.lock"):
-        changed = not link.is_dir() or _folder_sha256(link) != wanted
+        changed = not link.is_dir() or folder_sha256(link) != wanted
         if changed:
             version = Path(tempfile.mkdtemp(prefix=f"{content_id}-", dir=versions))
             write_files(version, files)
@@ -131,7 +131,8 @@ def _content_sha256(content: Path | bytes) -> str:
     return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else file_sha256(content)
 
 
-def _folder_sha256(folder: Path) -> dict[str, str]:
+def folder_sha256(folder: Path) -> dict[str, str]:
+    """The sha256 of every file below a folder, by its name there; empty if there is no folder."""
     paths = (path for path in folder.resolve().rglob("*") if path.is_file())
     return {path.relative_to(folder.resolve()).as_posix(): file_sha256(path) for path in paths}
 

@@ -110,7 +110,7 @@ def upload_folder(hub: Hub, folder: Path, repository: Repository) -> Uploaded:
         # Read again at each try: an earlier one may have arrived though its answer did not, or another upload may have.
         plan = _plan(hub, files, repository)
         assert plan.parent is not None
-        return _commit(hub, folder, plan) if plan.is_commit_needed else plan.parent
+        return _commit(hub, files, plan) if plan.is_commit_needed else plan.parent
 
     revision = hub.call(f"committing to {repository.title}", commit) if first.is_commit_needed else first.parent
     assert revision is not None
@@ -143,6 +143,23 @@ def set_tag(hub: Hub, repository: Repository, tag: str, revision: str) -> None:
     hub.call(f"tagging {repository.title} {tag}", move)
 
 
+def repository_head(hub: Hub, repository: Repository) -> str | None:
+    """The commit that `main` is; None if there is no such repository. For `Hub.call`.
+
+    Raises: ValueError if it should be private and is public.
+    """
+    try:
+        info = hub.api.repo_info(repository.name, repo_type=repository.kind, revision=BRANCH)
+    except RepositoryNotFoundError:
+        return None
+    if repository.private and not info.private:
+        raise ValueError(
+            f"{repository.title} is public and `publish.private` is true; make it private in its settings on the Hub, "
+            "name another repository, or set `publish.private` to false"
+        )
+    return info.sha
+
+
 class _LocalFile(NamedTuple):
     path: Path
     sha256: str
@@ -169,19 +186,10 @@ def _local_files(folder: Path) -> dict[str, _LocalFile]:
 def _plan(hub: Hub, files: dict[str, _LocalFile], repository: Repository) -> UploadPlan:
     name, kind = repository.name, repository.kind
     stored: dict[str, RepoFile] = {}
-    parent, tagged = None, None
+    tagged = None
     tag = content_tag(digest({path: file.sha256 for path, file in files.items()}))
-    try:
-        info = hub.api.repo_info(name, repo_type=kind, revision=BRANCH)
-    except RepositoryNotFoundError:
-        pass
-    else:
-        if repository.private and not info.private:
-            raise ValueError(
-                f"{repository.title} is public and `publish.private` is true; make it private in its settings on the "
-                "Hub, name another repository, or set `publish.private` to false"
-            )
-        parent = info.sha
+    parent = repository_head(hub, repository)
+    if parent is not None:
         tree = hub.api.list_repo_tree(name, repo_type=kind, revision=parent, recursive=True)
         stored = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
         tagged = _tags(hub, repository).get(tag)
@@ -207,13 +215,13 @@ def _create(hub: Hub, repository: Repository) -> None:
     hub.api.create_repo(repository.name, repo_type=repository.kind, private=repository.private, exist_ok=True)
 
 
-def _commit(hub: Hub, folder: Path, plan: UploadPlan) -> str:
+def _commit(hub: Hub, files: dict[str, _LocalFile], plan: UploadPlan) -> str:
     """The one commit. What LFS has already is not sent again."""
     changed = [path for path, file in plan.files.items() if file.change != "unchanged"]
     made = hub.api.create_commit(
         plan.repository,
         [
-            *(CommitOperationAdd(path, folder / path) for path in changed),
+            *(CommitOperationAdd(path, files[path].path) for path in changed),
             *(CommitOperationDelete(path, is_folder=False) for path in plan.deleted),
         ],
         commit_message=f"Publish {plan.tag}",

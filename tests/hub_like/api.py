@@ -69,6 +69,7 @@ class Request(NamedTuple):
     path: str
     body: bytes
     account: Account | None
+    query: Mapping[str, str]
     endpoint: str
     """URL of the server, as the client reached it."""
 
@@ -239,6 +240,12 @@ class HubApi:
         collection = self.storage.add_collection(wanted["namespace"], wanted["title"], private=private)
         return Answer(200 if len(self.storage.collections) > num_before else 409, _shown(collection))
 
+    def collections(self, request: Request) -> Answer:
+        owner = request.query["owner"]
+        owned = [_shown(c) for slug, c in self.storage.collections.items() if slug.startswith(f"{owner}/")]
+        # The client counts them itself.
+        return Answer(body=[{key: value for key, value in c.items() if key != "position"} for c in owned])
+
     def collection(self, request: Request, slug: str) -> Answer:
         return Answer(body=_shown(self._collection(slug)))
 
@@ -347,6 +354,7 @@ ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("DELETE", rf"{API}/tag/{REVISION}", HubApi.remove_tag),
     ("POST", rf"{FILES}\.git/info/lfs/objects/batch", HubApi.lfs_batch),
     ("PUT", r"/_lfs/(?P<sha256>[0-9a-f]{64})", HubApi.lfs_put),
+    ("GET", r"/api/collections", HubApi.collections),
     ("POST", r"/api/collections", HubApi.create_collection),
     ("GET", rf"/api/collections/{SLUG}", HubApi.collection),
     ("POST", rf"/api/collections/{SLUG}/items", HubApi.add_item),

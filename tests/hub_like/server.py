@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from tests.hub_like.api import Account, Answer, HubApi, Request
 from tests.hub_like.injection import Fault, Faults
@@ -64,7 +64,8 @@ class Handler(BaseHTTPRequestHandler):
     server: Hub
 
     def answer(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        address = urlsplit(self.path)
+        path, query = unquote(address.path), dict(parse_qsl(address.query))
         call = f"{self.command} {path}"
         self.server.calls.append(call)
         fault = self.server.faults.hit(call)
@@ -85,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
         account = self.server.accounts.get(token)
         method = "GET" if self.command == "HEAD" else self.command
         with self.server.lock:
-            answer = self.server.api.answer(Request(method, path, body, account, self.server.url))
+            answer = self.server.api.answer(Request(method, path, body, account, query, self.server.url))
         if fault and fault.change:
             return self.send(answer._replace(body=fault.change(answer.body)))
         return self.break_off(fault) if fault else self.send(answer)

@@ -1,4 +1,4 @@
-"""A local Hub, and clients of it."""
+"""A local Hub, and a client of it, for every test that asks for them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +11,10 @@ from tests.hub_like import server
 from tests.hub_like.server import TOKEN
 
 
-@pytest.fixture(autouse=True)
-def _no_xet(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hub_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[server.Hub]:
     # The environment variable is read when the client is imported, which other tests have done.
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-
-
-@pytest.fixture
-def hub_server(tmp_path: Path) -> Iterator[server.Hub]:
     with server.running(tmp_path / "hub") as hub:
         yield hub
 
