@@ -15,6 +15,8 @@ KIND := gpu
 EXTRAS := dev,gpu
 endif
 INSTALLED := $(VENV)/.installed-$(KIND)
+# Packages that one test needs in other versions (constraints/speculators.txt).
+SPECULATORS := .speculators
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints/$(KIND).txt
 
 .PHONY: bundle bundle-8b test test-slow lint format setup up clean
@@ -33,8 +35,9 @@ bundle-8b: setup  ## Build a draft for the demo target at the size of an 8B mode
 test: setup  ## Run the tests, without those that take minutes.
 	$(BIN)/python -m pytest
 
-test-slow: setup  ## Run the tests that take minutes: real servers, end to end.
+test-slow: setup $(SPECULATORS)/.installed  ## Run the tests that take minutes: real servers, end to end.
 	$(BIN)/python -m pytest -m slow
+	PYTHONPATH=$(SPECULATORS) $(BIN)/python -m pytest -m slow tests/export/test_speculators_package.py
 
 lint: setup  ## Check format, style and types.
 	$(BIN)/ruff format --check
@@ -60,5 +63,10 @@ $(INSTALLED): pyproject.toml constraints/$(KIND).txt
 	@$(PIP_INSTALL) -e '.[$(EXTRAS)]'
 	@touch $@
 
+$(SPECULATORS)/.installed: constraints/speculators.txt | $(INSTALLED)
+	@rm -rf $(SPECULATORS)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) --no-deps --target $(SPECULATORS) -r $<
+	@touch $@
+
 clean:  ## Remove the virtual environment; artifacts in .specbundle stay.
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(SPECULATORS)

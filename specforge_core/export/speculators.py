@@ -7,6 +7,11 @@ A draft's own config and tensors are in SGLang's words. What this format says ot
 * a draft vocabulary that is the target's whole one has no maps;
 * the target is named, as `verifier`, and so is how much to draft at once.
 
+Neither format needs the embedding, which may be larger than all the rest: both servers share the target's where a
+draft has none. The package would fill it in from the verifier, but its `from_pretrained` may keep uninitialised memory
+instead; who trains on with the package copies the embedding into the folder first, and names a verifier that has no
+name here.
+
 Source: speculators 0.9.0, models/eagle3/config.py, core.py and train/vocab_mapping.py; vLLM 0.33.0,
 transformers_utils/configs/speculators/algos.py and model_executor/models/llama_eagle3.py.
 """

@@ -8,29 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from specforge_core.drafts.base import TargetHead
-from specforge_core.drafts.eagle3 import Eagle3Draft
 from specforge_core.export.run import load_target_config, main, read_folder, reload_error
 from specforge_core.export.speculators import DraftFiles
 from specforge_core.export.verify import check_serving_folder
 from specforge_core.manifest_sections import Eagle3Config
 from specforge_core.stages import ExportSpec, ResolvedTarget
-
-KEPT_IDS = torch.arange(3, 243, 5)
-
-
-def write_checkpoint(directory: Path, target: ResolvedTarget, config: Eagle3Config) -> Path:
-    """A checkpoint as training leaves it, of a draft with random weights."""
-    target_config = load_target_config(target)
-    torch.manual_seed(1)
-    width, vocab_size = target_config["hidden_size"], target_config["vocab_size"]
-    head = TargetHead(torch.randn(vocab_size, width), torch.randn(vocab_size, width), torch.rand(width))
-    layers = Eagle3Draft.capture_layers(None, target_config["num_hidden_layers"])
-    draft = Eagle3Draft.create(config, target_config, head, KEPT_IDS, layers)
-    directory.mkdir()
-    save_file(draft.serving_state_dict(), directory / "draft.safetensors")
-    (directory / "draft_config.json").write_text(json.dumps(draft.serving_config()), encoding="utf-8")
-    return directory
+from tests.export.folders import TINY_KEPT_IDS, write_checkpoint
 
 
 def export(tmp_path: Path, target: ResolvedTarget, **flags: Any) -> Path:
@@ -55,8 +38,8 @@ def test_the_folder_holds_the_trained_weights_in_bfloat16_and_the_maps_as_they_a
     for name in exported.keys() - {"d2t", "t2d"}:
         assert torch.equal(exported[name], trained[name].bfloat16()), name
     assert exported["d2t"].dtype == torch.int64
-    assert (exported["d2t"] + torch.arange(len(KEPT_IDS))).tolist() == KEPT_IDS.tolist()
-    assert exported["t2d"].nonzero().squeeze(1).tolist() == KEPT_IDS.tolist()
+    assert (exported["d2t"] + torch.arange(len(TINY_KEPT_IDS))).tolist() == TINY_KEPT_IDS.tolist()
+    assert exported["t2d"].nonzero().squeeze(1).tolist() == TINY_KEPT_IDS.tolist()
 
 
 def test_captured_layers_are_written_as_outputs(tmp_path: Path, tiny_target: ResolvedTarget) -> None:

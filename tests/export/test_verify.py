@@ -1,17 +1,16 @@
 """What a server would load silently and wrongly must be refused. The folder is written by hand, without the trainer."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from specforge_core.export.verify import check_serving_folder
+from tests.export.folders import KEPT_IDS, good_tensors, write_folder
 
-# H = 8, I = 12, 4 query heads and 2 KV heads of 4, V = 20, Vd = 6, 8 target layers.
+# Sizes as in `good_tensors`; 8 target layers.
 TARGET_CONFIG = {"hidden_size": 8, "vocab_size": 20, "max_position_embeddings": 512, "num_hidden_layers": 8}
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLMEagle3"],
@@ -37,37 +36,6 @@ CONFIG: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 4], "use_aux_hidden_state": True},
 }
-SHAPES = {
-    "fc.weight": (8, 24),
-    "midlayer.input_layernorm.weight": (8,),
-    "midlayer.hidden_norm.weight": (8,),
-    "midlayer.self_attn.q_proj.weight": (16, 16),
-    "midlayer.self_attn.k_proj.weight": (8, 16),
-    "midlayer.self_attn.v_proj.weight": (8, 16),
-    "midlayer.self_attn.o_proj.weight": (8, 16),
-    "midlayer.post_attention_layernorm.weight": (8,),
-    "midlayer.mlp.gate_proj.weight": (12, 8),
-    "midlayer.mlp.up_proj.weight": (12, 8),
-    "midlayer.mlp.down_proj.weight": (8, 12),
-    "norm.weight": (8,),
-    "lm_head.weight": (6, 8),
-}
-KEPT_IDS = [0, 3, 4, 9, 15, 19]
-
-
-def good_tensors() -> dict[str, Tensor]:
-    tensors = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in SHAPES.items()}
-    # Worked by hand: offsets of 0, 3, 4, 9, 15, 19 from 0, 1, 2, 3, 4, 5.
-    tensors["d2t"] = torch.tensor([0, 2, 2, 6, 11, 14])
-    tensors["t2d"] = torch.zeros(20, dtype=torch.bool)
-    tensors["t2d"][KEPT_IDS] = True
-    return tensors
-
-
-def write_folder(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    save_file(tensors, directory / "model.safetensors")
-    return directory
 
 
 def refusal(directory: Path, *, target_config: dict[str, Any] | None = None) -> str:
@@ -77,23 +45,23 @@ def refusal(directory: Path, *, target_config: dict[str, Any] | None = None) -> 
 
 
 def test_a_right_folder_passes(tmp_path: Path) -> None:
-    check_serving_folder(write_folder(tmp_path, CONFIG, good_tensors()), TARGET_CONFIG)
+    check_serving_folder(write_folder(tmp_path, CONFIG, good_tensors("midlayer")), TARGET_CONFIG)
 
 
 def test_a_layer_under_the_name_of_another_engine_is_refused(tmp_path: Path) -> None:
-    tensors = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in good_tensors().items()}
+    tensors = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in good_tensors("midlayer").items()}
     message = refusal(write_folder(tmp_path, CONFIG, tensors))
     assert "midlayer.mlp.up_proj.weight is missing" in message
     assert "layers.0.mlp.up_proj.weight is not a name that the server knows" in message
 
 
 def test_an_embedding_is_refused_because_the_server_shares_the_targets(tmp_path: Path) -> None:
-    tensors = good_tensors() | {"embed_tokens.weight": torch.randn(20, 8).bfloat16()}
+    tensors = good_tensors("midlayer") | {"embed_tokens.weight": torch.randn(20, 8).bfloat16()}
     assert "embed_tokens.weight is not a name" in refusal(write_folder(tmp_path, CONFIG, tensors))
 
 
 def test_a_draft_that_would_need_its_own_embedding_is_refused(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, CONFIG, good_tensors())
+    folder = write_folder(tmp_path, CONFIG, good_tensors("midlayer"))
     message = refusal(folder, target_config=TARGET_CONFIG | {"hidden_size": 16})
     assert "hidden_size 8 differs from the target's 16" in message
 
@@ -109,38 +77,38 @@ def test_a_draft_that_would_need_its_own_embedding_is_refused(tmp_path: Path) ->
     ],
 )
 def test_a_tensor_of_another_form_is_named(tmp_path: Path, name: str, value: Tensor, expected: str) -> None:
-    message = refusal(write_folder(tmp_path, CONFIG, good_tensors() | {name: value}))
+    message = refusal(write_folder(tmp_path, CONFIG, good_tensors("midlayer") | {name: value}))
     assert name in message
     assert expected in message
 
 
 def test_a_d2t_of_absolute_ids_is_refused(tmp_path: Path) -> None:
-    message = refusal(write_folder(tmp_path, CONFIG, good_tensors() | {"d2t": torch.tensor(KEPT_IDS)}))
+    message = refusal(write_folder(tmp_path, CONFIG, good_tensors("midlayer") | {"d2t": torch.tensor(KEPT_IDS)}))
     assert "but t2d marks the 6 ids [0, 3, 4, 9]" in message
 
 
 def test_a_t2d_with_one_token_too_many_is_refused(tmp_path: Path) -> None:
-    tensors = good_tensors()
+    tensors = good_tensors("midlayer")
     tensors["t2d"][1] = True
     assert "t2d marks the 7 ids" in refusal(write_folder(tmp_path, CONFIG, tensors))
 
 
 @pytest.mark.parametrize("limit", [2048, 511])
 def test_a_length_limit_other_than_the_targets_is_refused(tmp_path: Path, limit: int) -> None:
-    folder = write_folder(tmp_path, CONFIG | {"max_position_embeddings": limit}, good_tensors())
+    folder = write_folder(tmp_path, CONFIG | {"max_position_embeddings": limit}, good_tensors("midlayer"))
     assert f"max_position_embeddings is {limit}, must be the target's 512" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", ["rope_theta", "rope_scaling", "rope_parameters"])
 def test_either_rope_schema_missing_is_refused(tmp_path: Path, name: str) -> None:
     config = {key: value for key, value in CONFIG.items() if key != name}
-    assert f"{name} is absent" in refusal(write_folder(tmp_path, config, good_tensors()))
+    assert f"{name} is absent" in refusal(write_folder(tmp_path, config, good_tensors("midlayer")))
 
 
 def test_rope_schemas_that_disagree_are_refused(tmp_path: Path) -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0}
     config = CONFIG | {"rope_scaling": yarn, "rope_theta": 500000.0}
-    message = refusal(write_folder(tmp_path, config, good_tensors()))
+    message = refusal(write_folder(tmp_path, config, good_tensors("midlayer")))
     assert "rope_theta is 500000.0, but 10000.0 in rope_parameters" in message
     assert "rope_scaling is {'rope_type': 'yarn', 'factor': 4.0}" in message
 
@@ -148,25 +116,29 @@ def test_rope_schemas_that_disagree_are_refused(tmp_path: Path) -> None:
 def test_a_scaled_rope_in_both_schemas_passes(tmp_path: Path) -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0}
     config = CONFIG | {"rope_scaling": yarn, "rope_parameters": yarn | {"rope_theta": 10000.0}}
-    check_serving_folder(write_folder(tmp_path, config, good_tensors()), TARGET_CONFIG)
+    check_serving_folder(write_folder(tmp_path, config, good_tensors("midlayer")), TARGET_CONFIG)
 
 
 @pytest.mark.parametrize("name", ["norm_before_residual", "fc_norm", "norm_output"])
 def test_a_flag_left_to_the_servers_default_is_refused(tmp_path: Path, name: str) -> None:
     config = {key: value for key, value in CONFIG.items() if key != name}
-    assert f"{name} is 'absent'" in refusal(write_folder(tmp_path, config, good_tensors()))
+    assert f"{name} is 'absent'" in refusal(write_folder(tmp_path, config, good_tensors("midlayer")))
 
 
 def test_an_epsilon_left_to_the_servers_default_is_refused(tmp_path: Path) -> None:
     config = {key: value for key, value in CONFIG.items() if key != "rms_norm_eps"}
-    assert "rms_norm_eps is absent" in refusal(write_folder(tmp_path, config, good_tensors()))
+    assert "rms_norm_eps is absent" in refusal(write_folder(tmp_path, config, good_tensors("midlayer")))
 
 
 def test_the_norms_of_eagle_3_1_are_there_exactly_if_the_flag_says_so(tmp_path: Path) -> None:
     norms = {f"fc_norm.{i}.weight": torch.ones(8, dtype=torch.bfloat16) for i in range(3)}
-    assert "fc_norm.2.weight is missing" in refusal(write_folder(tmp_path, CONFIG | {"fc_norm": True}, good_tensors()))
-    assert "fc_norm.0.weight is not a name" in refusal(write_folder(tmp_path, CONFIG, good_tensors() | norms))
-    check_serving_folder(write_folder(tmp_path, CONFIG | {"fc_norm": True}, good_tensors() | norms), TARGET_CONFIG)
+    assert "fc_norm.2.weight is missing" in refusal(
+        write_folder(tmp_path, CONFIG | {"fc_norm": True}, good_tensors("midlayer"))
+    )
+    assert "fc_norm.0.weight is not a name" in refusal(write_folder(tmp_path, CONFIG, good_tensors("midlayer") | norms))
+    check_serving_folder(
+        write_folder(tmp_path, CONFIG | {"fc_norm": True}, good_tensors("midlayer") | norms), TARGET_CONFIG
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,13 +153,13 @@ def test_the_norms_of_eagle_3_1_are_there_exactly_if_the_flag_says_so(tmp_path: 
 )
 def test_captured_layers_that_the_server_cannot_reach_are_refused(tmp_path: Path, ids: Any, expected: str) -> None:
     eagle_config = {"eagle_aux_hidden_state_layer_ids": ids, "use_aux_hidden_state": True}
-    folder = write_folder(tmp_path, CONFIG | {"eagle_config": eagle_config}, good_tensors())
+    folder = write_folder(tmp_path, CONFIG | {"eagle_config": eagle_config}, good_tensors("midlayer"))
     assert expected in refusal(folder)
 
 
 def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     config = CONFIG | {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 40, "attention_bias": True}
-    tensors = good_tensors()
+    tensors = good_tensors("midlayer")
     del tensors["norm.weight"]
     message = refusal(write_folder(tmp_path, config, tensors))
     for part in ("['LlamaForCausalLM']", "num_hidden_layers is 40", "attention_bias is true", "norm.weight is missing"):
@@ -196,5 +168,5 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [None, 0, -1, "8", 8.0, True])
 def test_a_size_that_is_no_positive_integer_is_refused(tmp_path: Path, value: Any) -> None:
-    folder = write_folder(tmp_path, CONFIG | {"head_dim": value}, good_tensors())
+    folder = write_folder(tmp_path, CONFIG | {"head_dim": value}, good_tensors("midlayer"))
     assert f"head_dim is {value!r}, must be a positive integer" in refusal(folder)
