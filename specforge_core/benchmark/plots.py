@@ -1,4 +1,5 @@
-"""What a benchmark measured, as SVG files: acceptance by position, and a sweep's throughput and speedup. Torch-free."""
+"""What a benchmark measured, as pictures: speedup with its intervals, acceptance by position, and a sweep's throughput
+and speedup. Torch-free."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANEL_INCHES = (5.5, 4.0)
+PNG_DPI = 150
 LINE_STYLES = ("-", "--", ":", "-.")
 MARKERS = "osD^vP*X"
 # Of Okabe and Ito: told apart by the colour-blind too. Black is the target alone.
@@ -32,14 +34,62 @@ class PositionLine(NamedTuple):
     """Of the verification steps that accepted the draft token at positions 1, 2, ..."""
 
 
-def write_plots(directory: Path, name: str, result: BenchmarkResult) -> tuple[Path, ...]:
-    """The files written: `<name>-acceptance.svg` and, of a sweep, `<name>-throughput.svg`; none of an empty result."""
-    figures = {}
+def figures(result: BenchmarkResult) -> "dict[str, Figure]":
+    """What there is to draw, by kind: `speedup`, `acceptance`, and of a sweep `throughput`."""
+    drawn = {}
     if result.measurements:
-        figures["acceptance"] = acceptance_figure(result.measurements)
+        drawn["speedup"] = speedup_figure(result.measurements)
+        drawn["acceptance"] = acceptance_figure(result.measurements)
     if result.sweep:
-        figures["throughput"] = sweep_figure(result.sweep)
-    return tuple(_write(directory / f"{name}-{kind}.svg", figure) for kind, figure in figures.items())
+        drawn["throughput"] = sweep_figure(result.sweep)
+    return drawn
+
+
+def write_plots(directory: Path, name: str, result: BenchmarkResult) -> tuple[Path, ...]:
+    """The files written: `<name>-<kind>.svg` of each kind."""
+    return tuple(_write(directory / f"{name}-{kind}.svg", figure) for kind, figure in figures(result).items())
+
+
+def png_plots(result: BenchmarkResult) -> dict[str, bytes]:
+    """The pictures by file name, `<kind>.png`: a form that every page shows. Equal results give equal bytes."""
+    content = {}
+    for kind, figure in figures(result).items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=PNG_DPI, metadata={"Software": None})
+        content[f"{kind}.png"] = buffer.getvalue()
+    return content
+
+
+def speedup_figure(measurements: Sequence[Measurement]) -> "Figure":
+    """A row for each measurement: its speedup with the 95 % interval, and the acceptance length, which bounds it."""
+    figure, (panel,) = _figure(1)
+    rows = list(range(len(measurements)))
+    speedups = [one.speedup for one in measurements]
+    below = [one.speedup - one.speedup_low for one in measurements]
+    above = [one.speedup_high - one.speedup for one in measurements]
+    panel.errorbar(
+        speedups, rows, xerr=(below, above), fmt="o", color=COLORS[0], capsize=3, label="speedup, 95 % interval"
+    )
+    lengths = [one.acceptance_length for one in measurements]
+    panel.plot(lengths, rows, "D", color=COLORS[1], markerfacecolor="none", label="acceptance length, its bound")
+    panel.axvline(1, color="k", linestyle="--", linewidth=1, label="the target alone")
+    panel.set_yticks(rows, labels=_row_names(measurements))
+    # The first one on top, and room around.
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+    panel.set_xlim(left=0)
+    panel.set_title("Speedup over the target alone", fontsize="medium")
+    panel.set_xlabel("times; tokens a verification step")
+    panel.grid(alpha=0.3, axis="x")
+    _legend(panel)
+    return figure
+
+
+def _row_names(measurements: Sequence[Measurement]) -> list[str]:
+    """The suites, with chain and concurrency where a suite was measured at several."""
+    suites = [one.suite for one in measurements]
+    if len(set(suites)) == len(suites):
+        return suites
+    return [f"{one.suite}, {one.serving.chain()}, {one.serving.concurrency} at once" for one in measurements]
 
 
 def position_lines(measurements: Sequence[Measurement]) -> list[PositionLine]:

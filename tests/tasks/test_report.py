@@ -24,7 +24,7 @@ def test_the_report_and_its_plots_are_kept_by_the_store_and_the_tracker(
     build = builds.entry_build(tmp_path, tracking=run)
     report.fn(build, made_build.artifacts(tmp_path / "artifacts", made), ())
 
-    names = ["demo-acceptance.svg", "demo-throughput.svg", "demo.json", "demo.md"]
+    names = ["demo-acceptance.svg", "demo-speedup.svg", "demo-throughput.svg", "demo.json", "demo.md"]
     assert sorted(path.name for path in (tmp_path / "reports").iterdir()) == names
     assert run.run_id is not None
     client = MlflowClient(run.uri)
