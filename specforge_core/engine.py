@@ -1,5 +1,7 @@
 """Where SGLang is on this host: two environment variables, which say nothing about what a build makes. Torch-free."""
 
+import contextlib
+import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -23,6 +25,16 @@ def engine_on_host(config: EngineConfig, environ: Mapping[str, str]) -> ServedEn
 def sglang_python(environ: Mapping[str, str]) -> str:
     """The interpreter that SGLang's servers are started with."""
     return environ.get(PYTHON_VARIABLE) or sys.executable
+
+
+def engine_version(engine: ServedEngine) -> str | None:
+    """Name and version of what an engine decodes with on this host; None if it has no SGLang."""
+    if engine.name == "transformers":
+        return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch"))
+    # A plan can be made anywhere. What runs stages asks for the version before the first of them.
+    with contextlib.suppress(ValueError):
+        return f"sglang {sglang_version(engine.python)}"
+    return None
 
 
 def sglang_version(python: str) -> str:

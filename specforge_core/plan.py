@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from specforge_core.artifacts import RECORD_NAME, SPEC_NAME, Artifact, Store
-from specforge_core.engine import engine_on_host
+from specforge_core.engine import engine_on_host, engine_version
 from specforge_core.facts import Conversations, DraftCheckpoint, HiddenStates, ServingDraft, Vocabulary
 from specforge_core.gpus import Gpu, cpu_name
 from specforge_core.ledger import load_entry_record
@@ -144,11 +144,13 @@ def benchmark_spec(
     recipe: Recipe, draft: Artifact[ServingDraft], conversations: Artifact[Conversations]
 ) -> BenchmarkSpec:
     """Measurements of the served draft, on servers whose arguments match."""
+    is_served = recipe.engine.name == "sglang"
     return BenchmarkSpec(
         target=recipe.target,
         engine=ServedEngine(**{**dict(recipe.engine), "urls": ()}),
+        engine_version=engine_version(recipe.engine),
         draft=draft.path,
-        conversations=conversations.path,
+        conversations=None if is_served else conversations.path,
         benchmark=recipe.benchmark,
         hardware=recipe.hardware,
         device=recipe.device,

@@ -239,12 +239,15 @@ class BenchmarkSpec(StageSpec):
 
     target: ResolvedTarget
     engine: ServedEngine = ServedEngine(name="transformers")
+    engine_version: Annotated[str | None, OPTIONAL] = None
+    """With the engine's name; None where nobody asked. As with hardware, a number measured on one says nothing about
+    another, so that a new version has every draft measured again."""
     draft: InputDirectory
-    conversations: InputDirectory
-    """The n-gram drafter learns from these."""
+    conversations: Annotated[Path | None, INPUT] = None
+    """The n-gram drafter learns from these; None for a server, which has no such drafter."""
     benchmark: ResolvedBenchmark
     hardware: str
-    """Name of the processor or GPU: a number measured on one says nothing about another."""
+    """Name of the processor or GPU."""
 
 
 SPECS: dict[str, type[StageSpec]] = {

@@ -1,12 +1,15 @@
 """Where a host has SGLang: an interpreter and servers that the environment names."""
 
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import transformers
 
-from specforge_core.engine import engine_on_host, sglang_python, sglang_version
+from specforge_core.engine import engine_on_host, engine_version, sglang_python, sglang_version
 from specforge_core.manifest_sections import EngineConfig
+from specforge_core.stages import ServedEngine
 
 
 def make_interpreter(path: Path, script: str) -> str:
@@ -36,11 +39,20 @@ def test_without_variables_it_is_this_interpreter_and_no_server(environ: dict[st
 
 def test_the_version_is_that_of_the_other_environment(tmp_path: Path) -> None:
     # An environment is known by the metadata of its packages.
-    metadata = tmp_path / "site/sglang-0.5.14.dist-info/METADATA"
-    metadata.parent.mkdir(parents=True)
-    metadata.write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.14\n")
+    metadata_file = tmp_path / "site/sglang-0.5.14.dist-info/METADATA"
+    metadata_file.parent.mkdir(parents=True)
+    metadata_file.write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.14\n")
     script = f'PYTHONPATH={tmp_path}/site exec {sys.executable} "$@"'
     assert sglang_version(make_interpreter(tmp_path / "python", script)) == "0.5.14"
+
+
+def test_the_version_of_an_engine_names_what_decodes(tmp_path: Path) -> None:
+    python = make_interpreter(tmp_path / "python", "echo 0.5.14")
+    served = ServedEngine(name="sglang", python=python)
+    assert engine_version(served) == "sglang 0.5.14"
+    assert engine_version(served.model_copy(update={"python": str(tmp_path / "gone")})) is None
+    in_process = engine_version(ServedEngine(name="transformers"))
+    assert in_process == f"transformers {transformers.__version__}, torch {metadata.version('torch')}"
 
 
 def test_an_interpreter_without_sglang_is_refused_with_the_way_out(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
+from specforge_core import plan as plan_module
 from specforge_core.artifacts import PROGRESS_DIRECTORY, SPEC_NAME, Artifact, Store, seal
 from specforge_core.facts import Published
 from specforge_core.ledger import last_artifact, load_entry_record, record_outcome, record_stage
@@ -110,6 +111,25 @@ def test_the_size_of_servers_concerns_what_is_measured_on_them_alone(store: Stor
         "stale",
         "engine.max_running_requests: 64 -> 128; engine.mem_fraction_static: 0.85 -> 0.5",
     )
+
+
+@pytest.mark.parametrize(("engine", "reads"), [("sglang", {"draft"}), ("transformers", {"draft", "conversations"})])
+def test_a_new_version_of_the_engine_has_the_draft_measured_again(
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: Literal["sglang", "transformers"],
+    reads: set[str],
+) -> None:
+    monkeypatch.setattr(plan_module, "engine_version", lambda engine: f"{engine.name} 1.0")
+    recipe = recipe_of(made_build.entry(engine=EngineConfig(name=engine)))
+    built = build_all(store, recipe, tmp_path / "made")
+    # Only a drafter in process learns from them.
+    assert built["benchmark"].inputs.keys() == reads
+    monkeypatch.setattr(plan_module, "engine_version", lambda engine: f"{engine.name} 1.1")
+    plans = by_stage(plan_entry(recipe, store))
+    assert {stage for stage, (status, _) in plans.items() if status != "fresh"} == {"benchmark"}
+    assert plans["benchmark"] == ("stale", f"engine_version: {engine} 1.0 -> {engine} 1.1")
 
 
 def test_running_servers_serve_regenerate_alone_and_are_no_part_of_its_key(

@@ -51,6 +51,7 @@ def measure_in_process(spec: BenchmarkSpec, out: Path) -> BenchmarkResult:
     Raises: ValueError for a target that cannot be decoded in this process, a draft of another target, or an unusable
     suite.
     """
+    assert spec.conversations is not None
     target = HFTarget(spec.target, device=spec.device)
     subject = Subject(
         target=target,
