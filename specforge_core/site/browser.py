@@ -13,7 +13,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.webdriver import WebDriver
 from selenium.webdriver.support.wait import WebDriverWait
 
-DRAW_TIMEOUT_S = 30
+TIMEOUT_S = 30
 CHARTS_DRAWN = (
     "return [...document.querySelectorAll('figure.chart')].every(f => f.dataset.drawn && f.querySelector('svg'))"
 )
@@ -56,7 +56,7 @@ class Browser:
         metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 500}
         self._command("Emulation.setDeviceMetricsOverride", metrics)
         self.driver.get(page.absolute().as_uri())
-        self.wait_for_charts()
+        self.wait_for(CHARTS_DRAWN)
 
     def prefer(self, scheme: Literal["light", "dark"]) -> None:
         """What the system asks for, as the page sees it."""
@@ -66,9 +66,9 @@ class Browser:
         """What a piece of JavaScript returns."""
         return self.driver.execute_script(script)
 
-    def wait_for_charts(self) -> None:
-        """Raises: TimeoutException if a chart is not drawn."""
-        WebDriverWait(self.driver, DRAW_TIMEOUT_S, poll_frequency=0.05).until(lambda driver: self.run(CHARTS_DRAWN))
+    def wait_for(self, condition: str) -> None:
+        """Return once this JavaScript returns true. Raises: TimeoutException if it does not."""
+        WebDriverWait(self.driver, TIMEOUT_S, poll_frequency=0.05).until(lambda driver: self.run(condition))
 
     def console(self) -> list[str]:
         """Errors and warnings since the last call."""

@@ -30,8 +30,8 @@ class Champion(NamedTuple):
     """The version of a registered draft that users are to take."""
 
     version: str
-    content_id: str
-    """Of the published repository."""
+    draft: str
+    """Content id of the exported draft, by which a build is known to have made it."""
     repository: str | None = None
     url: str | None = None
 

@@ -39,9 +39,9 @@ def entries() -> tuple[ManifestEntry, ...]:
 
 
 def report(
-    root: Path, entry: ManifestEntry, benchmark: BenchmarkResult, failures: tuple[GateFailure, ...] = ()
+    root: Path, entry: ManifestEntry, benchmark: BenchmarkResult, failures: tuple[GateFailure, ...] = (), build: int = 0
 ) -> EntryReport:
-    """A report whose stages read each other. Args: root: an empty folder for the artifacts."""
+    """A report whose stages read each other. Args: root: an empty folder for artifacts; build: tells drafts apart."""
     target = ResolvedTarget(model=entry.target.model, revision=None, content_id=made_build.REVISION)
     made = make_report(entry, target, made_build.artifacts(root, benchmark), failures)
     stages = {
@@ -50,6 +50,10 @@ def report(
         )
         for name, stage in made.lineage.stages.items()
     }
+    export, benchmarked = stages["export"], stages["benchmark"]
+    draft = f"draft-{build}"
+    stages["export"] = export.model_copy(update={"content_id": draft})
+    stages["benchmark"] = benchmarked.model_copy(update={"inputs": benchmarked.inputs | {"draft": draft}})
     return made.model_copy(update={"lineage": made.lineage.model_copy(update={"stages": stages})})
 
 
@@ -90,7 +94,7 @@ def make_store(store: Path) -> tuple[ManifestEntry, ...]:
         (worse, suites(1.1, 1.6), (failure,)),
     ]
     for number, (entry, benchmark, failures) in enumerate(history):
-        made = report(store / f"made-{number}", entry, benchmark, failures)
+        made = report(store / f"made-{number}", entry, benchmark, failures, build=number)
         write_report(store / "reports", made)
         record_report(store, made, at=FIRST_BUILD + timedelta(days=number))
     for entry in (demo, llama):

@@ -40,9 +40,16 @@
     };
   }
 
-  const views = new Map();
+  // By figure: when its last drawing is done, as two at once would share its place.
+  const drawings = new Map();
 
-  async function draw(figure) {
+  function draw(figure) {
+    const done = (drawings.get(figure) ?? Promise.resolve()).then((before) => drawNow(figure, before));
+    drawings.set(figure, done);
+    return done;
+  }
+
+  async function drawNow(figure, before) {
     const spec = JSON.parse(figure.querySelector("script").textContent);
     const table = figure.dataset.follows && document.getElementById(figure.dataset.follows);
     if (table) {
@@ -51,10 +58,10 @@
       spec.height = spec.usermeta.rowHeight * Math.max(1, new Set(spec.data.values.map((value) => value.entry)).size);
     }
     const place = figure.querySelector(".plot");
-    views.get(figure)?.finalize();
+    before?.finalize();
     const drawn = await vegaEmbed(place, spec, { mode: "vega-lite", renderer: "svg", actions: false, config: chartConfig() });
-    views.set(figure, drawn);
     figure.dataset.drawn = "true";
+    return drawn;
   }
 
   const drawAll = () => Promise.all(all("figure.chart").map(draw));
@@ -85,19 +92,19 @@
     const count = document.querySelector(`[data-count="${table.id}"]`);
     const noun = count.textContent.split(" ").pop();
     form.addEventListener("submit", (event) => event.preventDefault());
-    form.addEventListener("input", () => {
+    function filter() {
       const wanted = Object.fromEntries(new FormData(form));
       const words = wanted.text.toLowerCase().split(/\s+/);
       delete wanted.text;
       for (const row of rows) {
         const text = row.dataset.text.toLowerCase();
-        const isShown = words.every((word) => text.includes(word))
-          && Object.entries(wanted).every(([name, value]) => !value || row.dataset[name] === value);
-        row.hidden = !isShown;
+        row.hidden = !(words.every((word) => text.includes(word))
+          && Object.entries(wanted).every(([name, value]) => !value || row.dataset[name] === value));
       }
       count.textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} ${noun}`;
       all(`figure[data-follows="${table.id}"]`).forEach(draw);
-    });
+    }
+    for (const name of ["input", "change"]) form.addEventListener(name, filter);
   }
 
   // Sorting: by `data-value` as a number where cells have one, else by what they say. Empty ones stay last.
