@@ -7,10 +7,13 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
-from specforge_core.site.browser import Browser, find_chromium, open_browser
+from tests.site.browser import Browser, find_chromium, open_browser
 from tests.site.conftest import MadeSite
 
-pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no chromium and chromedriver on this machine")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_chromium() is None, reason="no chromium and chromedriver on the PATH"),
+]
 
 DESKTOP, PHONE = 1280, 375
 PAGES = (
