@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from specforge_core.targets import TargetFeatures, handover, sglang_hook
 from specforge_core.targets.forward_files import HookError
 from specforge_core.targets.handover import FilesLost, Handover, Layout, Traffic, teaching_runs
 from specforge_core.targets.sglang_hook import greedy_and_normalizer, reduced, vocabulary_part, wanted
+from tests.processes import on_processes
 
 LAYERS = (0, 2)
 D, V = 8, 11
@@ -290,9 +290,7 @@ def test_late_forwards_of_documents_that_are_read_are_let_go(opened: Handover) -
     assert not opened._forwards._parts
 
 
-def _rank(rank: int, num_ranks: int, store: str, results: Any) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+def _rank(rank: int) -> tuple[Tensor, Tensor]:
     last_UD, head_VD = _split_problem()
     # 11 tokens over 2 ranks of 8 rows: the second one has 5 of its own, and 3 rows of padding that would win.
     first, stop = [(0, 6), (6, 11)][rank]
@@ -300,8 +298,7 @@ def _rank(rank: int, num_ranks: int, store: str, results: Any) -> None:
     padded[: stop - first] = head_VD[first:stop]
     shard = SimpleNamespace(num_org_elements=stop - first, org_vocab_start_index=first)
     head = SimpleNamespace(weight=padded, shard_indices=shard)
-    results[rank] = greedy_and_normalizer(last_UD, *vocabulary_part(head), torch.distributed.group.WORLD)
-    torch.distributed.destroy_process_group()
+    return greedy_and_normalizer(last_UD, *vocabulary_part(head), torch.distributed.group.WORLD)
 
 
 def _split_problem() -> tuple[Tensor, Tensor]:
@@ -310,14 +307,10 @@ def _split_problem() -> tuple[Tensor, Tensor]:
 
 
 def test_a_head_split_over_ranks_gives_the_same_on_each(tmp_path: Path) -> None:
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_rank, args=(2, str(tmp_path / "store"), results), nprocs=2)
-        found = dict(results)
     last_UD, head_VD = _split_problem()
     logits_UV = last_UD.double() @ head_VD.double().T
     assert set(logits_UV.argmax(-1).tolist()) & set(range(6, 11)), "the second rank must win sometimes"
-    for greedy_U, logsumexp_U in found.values():
+    for greedy_U, logsumexp_U in on_processes(2, _rank, tmp_path):
         assert (greedy_U.dtype, logsumexp_U.dtype) == (torch.int32, torch.float32)
         assert greedy_U.tolist() == logits_UV.argmax(-1).tolist()
         torch.testing.assert_close(logsumexp_U.double(), logits_UV.logsumexp(-1), rtol=1e-6, atol=1e-6)

@@ -1,13 +1,11 @@
 """One training step on several processes, and what each of them is to compare: run by `test_parallel.py`."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -21,6 +19,7 @@ from specforge_core.training.sharding import as_dtensor
 from specforge_core.training.step import train_step
 from specforge_core.training.workers import Workers
 from tests.drafts.synthetic import TARGET_CONFIG, as_dtype, make_document, make_draft, pack
+from tests.processes import on_processes
 from tests.training.factory import make_batch, make_gpu_draft
 
 # Uneven on purpose: long and short answers, a batch of a prompt alone, one with a single row, and a step of one batch.
@@ -121,25 +120,6 @@ def _step_on_gpu_batches(draft: Eagle3Draft, batches: list[DraftBatch], workers:
         assert piece.shard.grad is not None
         found[f"gradient of {piece.name}"] = whole(as_dtensor(piece, piece.shard.grad)).double().cpu()
     return found
-
-
-def _process(rank: int, num_processes: int, backend: str, work: Callable[[int], Any], directory: Path) -> None:
-    torch.set_num_threads(1)
-    if backend == "nccl":
-        torch.cuda.set_device(rank)
-    dist.init_process_group(backend, init_method=f"file://{directory}/rendezvous", rank=rank, world_size=num_processes)
-    try:
-        torch.save(work(rank), directory / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def on_processes(
-    num_processes: int, work: Callable[[int], Any], directory: Path, *, backend: str = "gloo"
-) -> list[Any]:
-    """What `work(rank)` returns in each of so many processes that can talk to each other."""
-    torch.multiprocessing.spawn(_process, (num_processes, backend, work, directory), nprocs=num_processes)
-    return [torch.load(directory / f"{rank}.pt") for rank in range(num_processes)]
 
 
 def trained_on(num_processes: int, cases: Sequence[Case], directory: Path) -> list[list[dict[str, Any]]]:

@@ -15,12 +15,12 @@ from specforge_core.training.parallel import check_splits
 from specforge_core.training.sharding import Sharding
 from specforge_core.training.step import train_step
 from specforge_core.training.workers import Workers
+from tests.processes import on_processes
 from tests.training.parallel_cases import (
     MAX_GRAD_NORM,
     Case,
     batches_of_the_cases,
     draft_of_the_cases,
-    on_processes,
     step_in_bfloat16,
     step_in_float64,
     trained,

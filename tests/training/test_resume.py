@@ -10,9 +10,9 @@ from specforge_core.data.loader import FeatureSet, rank_share
 from specforge_core.manifest_sections import ParallelConfig
 from specforge_core.stages import TrainSpec
 from specforge_core.training.train import plan_training
+from tests.processes import on_processes
 from tests.training.factory import make_spec
 from tests.training.float64_training import Training, curve, train_all
-from tests.training.parallel_cases import on_processes
 
 STOP_AT = 3
 

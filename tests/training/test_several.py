@@ -17,7 +17,7 @@ from specforge_core.training.bench.several import (
     measured_rows,
 )
 from specforge_core.training.workers import Workers
-from tests.training.parallel_cases import on_processes
+from tests.processes import on_processes
 
 TINY = Work("tiny", num_tokens=128, document_tokens=64, micro_batches=2)
 
