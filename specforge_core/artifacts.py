@@ -133,7 +133,7 @@ def seal(
     artifact: Artifact[FactsT] = Artifact[type(facts)](  # type: ignore[misc, operator]
         stage=stage,
         key=key,
-        content_id=digest({"facts": facts.model_dump(mode="json"), "files": {n: f.sha256 for n, f in files.items()}}),
+        content_id=content_id_of_files(facts, {name: file.sha256 for name, file in files.items()}),
         inputs=inputs,
         created_at=datetime.now(UTC),
         elapsed_s=round(elapsed_s, 3),
@@ -146,6 +146,11 @@ def seal(
     shutil.rmtree(directory / PROGRESS_DIRECTORY, ignore_errors=True)
     artifact._path = directory
     return artifact
+
+
+def content_id_of_files(facts: Record, sha256_by_name: Mapping[str, str]) -> str:
+    """The content id of an artifact with these facts and content files."""
+    return digest({"facts": facts.model_dump(mode="json"), "files": dict(sha256_by_name)})
 
 
 def load_artifact(directory: Path, facts_type: type[FactsT]) -> Artifact[FactsT]:
