@@ -4,7 +4,6 @@ from prefect import flow
 
 from flows import stages
 from specforge_core.artifacts import BuildArtifacts
-from specforge_core.benchmark.compare import Standing
 from specforge_core.facts import Published, Rejected, Withheld
 from tasks.stage import EntryBuild
 
@@ -19,8 +18,15 @@ def build_draft(build: EntryBuild) -> Published | Rejected | Withheld:
     draft = stages.export(build, checkpoint)
     benchmark = stages.benchmark(build, draft, conversations)
     artifacts = BuildArtifacts(conversations, vocabulary, hidden_states, checkpoint, draft, benchmark)
-    failures = stages.check_gates(build.recipe.entry.gates, vocabulary.facts, benchmark.facts, Standing())
-    stages.report(build, artifacts, failures)
+    standing = stages.standing(build, draft, benchmark)
+    failures = stages.check_gates(build.recipe.entry.gates, vocabulary.facts, benchmark.facts, standing)
+    report = stages.report(build, artifacts, failures, standing)
+    version = stages.register(build, report)
     if failures:
         return Rejected(failures=failures)
-    return stages.publish(build, artifacts) if build.publish else Withheld()
+    if not build.publish:
+        return Withheld()
+    outcome = stages.publish(build, artifacts)
+    if isinstance(outcome, Published):
+        stages.promote(build, version, outcome)
+    return outcome

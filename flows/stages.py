@@ -6,6 +6,7 @@ from tasks.export import export
 from tasks.gates import check_gates
 from tasks.publish import publish
 from tasks.regenerate import regenerate
+from tasks.registry import promote, register, standing
 from tasks.report import report
 from tasks.train import train
 from tasks.vocabulary import vocabulary
@@ -15,9 +16,12 @@ __all__ = [
     "capture",
     "check_gates",
     "export",
+    "promote",
     "publish",
     "regenerate",
+    "register",
     "report",
+    "standing",
     "train",
     "vocabulary",
 ]

@@ -7,6 +7,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from specforge_core.artifacts import BuildArtifacts
+from specforge_core.benchmark.compare import Standing
 from specforge_core.benchmark.report import EntryReport, make_report, report_markdown, write_report
 from specforge_core.facts import GateFailure
 from tasks.progress import artifact_key
@@ -14,10 +15,12 @@ from tasks.stage import EntryBuild
 
 
 @task(task_run_name="{build.recipe.entry.name} report", cache_policy=NO_CACHE, persist_result=False)
-def report(build: EntryBuild, artifacts: BuildArtifacts, failures: Sequence[GateFailure]) -> EntryReport:
+def report(
+    build: EntryBuild, artifacts: BuildArtifacts, failures: Sequence[GateFailure], standing: Standing
+) -> EntryReport:
     """The report, also written to the store's `reports/` with its plots, shown by Prefect and kept by the tracker."""
     recipe = build.recipe
-    made = make_report(recipe.entry, recipe.target, artifacts, failures)
+    made = make_report(recipe.entry, recipe.target, artifacts, failures, standing.comparison)
     files = write_report(build.store / "reports", made)
     create_markdown_artifact(
         key=artifact_key(f"report-{recipe.entry.name}"),

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
@@ -137,6 +137,7 @@ def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store, mirror: M
         with (
             _lease(spec, build) as lease,
             build.tracking.follow(directory / METRICS_NAME, stage=spec.stage),
+            build.tracking.watch_host() if spec.stage == "train" else nullcontext(),
             SupervisedProcess(
                 f"stage {spec.stage}",
                 command,

@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec
+from urllib.parse import urlencode
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from specforge_core.artifacts import RECORD_NAME, Artifact
 from specforge_core.benchmark.headline import headline
@@ -36,6 +38,13 @@ MAX_PARAM_CHARS = 6000
 # Without these a server that is gone holds a build for minutes before tracking gives up.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 HOST, PORT = "127.0.0.1", 5000
+SHOWN_TAG = "specbundle.shown"
+"""`true` on the runs that the comparison page charts: each draft once, as it was measured last."""
+
+COMPARISON = {
+    "compareRunsMode": "CHART",
+    "searchFilter": f"tags.`{SHOWN_TAG}` = 'true' and attributes.status != 'FAILED'",
+}
 
 P = ParamSpec("P")
 
@@ -53,7 +62,7 @@ def server_command(uri: str, *, port: int = PORT) -> list[str]:
 
 
 @functools.lru_cache(maxsize=8)
-def _client(uri: str) -> MlflowClient:
+def mlflow_client(uri: str) -> MlflowClient:
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -61,7 +70,7 @@ def _client(uri: str) -> MlflowClient:
 
 
 @contextlib.contextmanager
-def _never_fails(uri: str) -> Iterator[None]:
+def never_fails(uri: str) -> Iterator[None]:
     """Around every use of MLflow: a tracking server is no reason to lose a build."""
     try:
         yield
@@ -71,13 +80,18 @@ def _never_fails(uri: str) -> Iterator[None]:
             logger.warning("tracking at %s fails, and the build goes on without it: %s", uri, error)
 
 
+def tracking_works(uri: str) -> None:
+    """Use a server again that failed before."""
+    _failed_uris.discard(uri)
+
+
 def _tracked(method: Callable[Concatenate["TrackedRun", P], None]) -> Callable[Concatenate["TrackedRun", P], None]:
     """A method that does nothing where tracking has failed, and never raises."""
 
     @functools.wraps(method)
     def call(run: "TrackedRun", *args: P.args, **kwargs: P.kwargs) -> None:
         if run.run_id is not None and run.uri not in _failed_uris:
-            with _never_fails(run.uri):
+            with never_fails(run.uri):
                 method(run, *args, **kwargs)
 
     return call
@@ -94,12 +108,12 @@ class TrackedRun(Config):
         """Add parameters, one for each leaf of nested values."""
         leaves = [Param(name, value[:MAX_PARAM_CHARS]) for name, value in _leaves(params)]
         for start in range(0, len(leaves), MAX_PARAMS_PER_CALL):
-            _client(self.uri).log_batch(self.run_id, params=leaves[start : start + MAX_PARAMS_PER_CALL])
+            mlflow_client(self.uri).log_batch(self.run_id, params=leaves[start : start + MAX_PARAMS_PER_CALL])
 
     @_tracked
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Add tags."""
-        _client(self.uri).log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+        mlflow_client(self.uri).log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
     @_tracked
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
@@ -115,17 +129,17 @@ class TrackedRun(Config):
     @_tracked
     def log_file(self, path: Path) -> None:
         """Keep a copy of a file with the run."""
-        _client(self.uri).log_artifact(self.run_id, str(path))
+        mlflow_client(self.uri).log_artifact(self.run_id, str(path))
 
     @_tracked
     def log_text(self, name: str, text: str) -> None:
         """Keep a text with the run, as a file of this name."""
-        _client(self.uri).log_text(self.run_id, text, name)
+        mlflow_client(self.uri).log_text(self.run_id, text, name)
 
     @_tracked
     def log_artifact_record(self, artifact: Artifact[Any]) -> None:
         """Tag the run with an artifact's digests, and keep its record."""
-        stage, client = artifact.stage, _client(self.uri)
+        stage, client = artifact.stage, mlflow_client(self.uri)
         digests = {"key": artifact.key, "content_id": artifact.content_id}
         inputs = {f"input.{name}": content_id for name, content_id in artifact.inputs.items()}
         tags = [RunTag(f"{stage}.{name}", value) for name, value in (digests | inputs).items()]
@@ -161,6 +175,22 @@ class TrackedRun(Config):
             done.set()
             follower.join()
 
+    @contextlib.contextmanager
+    def watch_host(self) -> Iterator[None]:
+        """Meanwhile add how busy this host's processors, memory, disks and GPUs are (`system/`), every few seconds.
+
+        From this process: the one that trains has better things to do.
+        """
+        with contextlib.ExitStack() as watching:
+            self._watch(watching)
+            yield
+
+    @_tracked
+    def _watch(self, watching: contextlib.ExitStack) -> None:
+        monitor = SystemMetricsMonitor(self.run_id, tracking_uri=self.uri)
+        monitor.start()
+        watching.callback(monitor.finish)
+
     @_tracked
     def _send_new(self, file: "_MetricsFile") -> None:
         file.send(self)
@@ -168,7 +198,7 @@ class TrackedRun(Config):
     @_tracked
     def end(self, status: Literal["FINISHED", "FAILED"]) -> None:
         """Close the run."""
-        _client(self.uri).set_terminated(self.run_id, status)
+        mlflow_client(self.uri).set_terminated(self.run_id, status)
 
 
 def comparison_url(store: Path, *, port: int = PORT) -> str | None:
@@ -176,23 +206,23 @@ def comparison_url(store: Path, *, port: int = PORT) -> str | None:
     uri = tracking_uri(store)
     experiment = None
     if uri not in _failed_uris:
-        with _never_fails(uri):
-            experiment = _client(uri).get_experiment_by_name(ENTRIES)
+        with never_fails(uri):
+            experiment = mlflow_client(uri).get_experiment_by_name(ENTRIES)
     if experiment is None:
         return None
     base = uri if uri.startswith("http") else f"http://{HOST}:{port}"
-    return f"{base.rstrip('/')}/#/experiments/{experiment.experiment_id}/runs?compareRunsMode=CHART"
+    return f"{base.rstrip('/')}/#/experiments/{experiment.experiment_id}/runs?{urlencode(COMPARISON)}"
 
 
 def start_run(experiment: str, name: str, *, store: Path, tags: Mapping[str, str]) -> TrackedRun:
     """A new run in that experiment, which is created if need be."""
     uri = tracking_uri(store)
-    with _never_fails(uri):
-        client = _client(uri)
+    with never_fails(uri):
+        client = mlflow_client(uri)
         experiment_id = _experiment_id(client, experiment, store)
-        run = client.create_run(experiment_id, run_name=name, tags=dict(tags))
+        run = client.create_run(experiment_id, run_name=name, tags={SHOWN_TAG: "true", **tags})
         # A server that came back is given another chance with each new run.
-        _failed_uris.discard(uri)
+        tracking_works(uri)
         return TrackedRun(uri=uri, run_id=run.info.run_id)
     return TrackedRun(uri=uri)
 
@@ -242,7 +272,7 @@ class _MetricsFile:
 
 def _send(run: TrackedRun, metrics: Sequence[Metric]) -> None:
     for start in range(0, len(metrics), MAX_METRICS_PER_CALL):
-        _client(run.uri).log_batch(run.run_id, metrics=metrics[start : start + MAX_METRICS_PER_CALL])
+        mlflow_client(run.uri).log_batch(run.run_id, metrics=metrics[start : start + MAX_METRICS_PER_CALL])
 
 
 def result_metrics(result: BenchmarkResult) -> dict[str, float]:

@@ -8,10 +8,12 @@ from typing import Any
 from pydantic import model_validator
 
 from specforge_core.artifacts import BuildArtifacts, write_atomically
+from specforge_core.benchmark.compare import Comparison, in_percent
 from specforge_core.benchmark.plots import write_plots
 from specforge_core.benchmark.sweep import LAUNCH_NOTE, launch_lines
 from specforge_core.benchmark.tables import (
     SWEEP_LEGEND,
+    comparison_rows,
     markdown_table,
     measured_on,
     position_rows,
@@ -33,6 +35,7 @@ from specforge_core.facts import (
     Vocabulary,
 )
 from specforge_core.manifest import ManifestEntry
+from specforge_core.manifest_gates import GatesConfig
 from specforge_core.manifest_sections import TargetConfig
 from specforge_core.stages import ResolvedTarget
 
@@ -90,10 +93,16 @@ class EntryReport(Record):
     draft: ServingDraft
     benchmark: BenchmarkResult
     failures: tuple[GateFailure, ...]
+    comparison: Comparison | None = None
+    """With the champion of that time; None if there was none or it was this draft, and in what is published."""
 
 
 def make_report(
-    entry: ManifestEntry, target: ResolvedTarget, artifacts: BuildArtifacts, failures: Sequence[GateFailure]
+    entry: ManifestEntry,
+    target: ResolvedTarget,
+    artifacts: BuildArtifacts,
+    failures: Sequence[GateFailure],
+    comparison: Comparison | None = None,
 ) -> EntryReport:
     """The report of a build whose stages are done."""
     environment = artifacts.benchmark.facts.environment
@@ -119,6 +128,7 @@ def make_report(
     return EntryReport(
         lineage=lineage,
         failures=tuple(failures),
+        comparison=comparison,
         **{name: artifact.facts for name, artifact in artifacts._asdict().items()},
     )
 
@@ -163,7 +173,8 @@ def report_markdown(report: EntryReport, *, plots: Sequence[str] = ()) -> str:
         "Share of the verification steps that accepted the draft token at this position.",
         "## Gates",
         "\n".join(f"* **{failure.gate}**: {failure.message}" for failure in report.failures)
-        or "All passed: " + ", ".join(f"`{name}` {value}" for name, value in lineage.entry.gates) + ".",
+        or f"All passed: {_gates_asked(lineage.entry.gates)}.",
+        *_comparison_sections(report.comparison),
         "## How it was made",
         markdown_table(making_rows(report)),
         "## Measured on",
@@ -174,6 +185,27 @@ def report_markdown(report: EntryReport, *, plots: Sequence[str] = ()) -> str:
         markdown_table(lineage_rows(lineage)),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _gates_asked(gates: GatesConfig) -> str:
+    asked = gates.model_dump(exclude_none=True, exclude={"thresholds"})
+    more = [" ".join(f"{k} {v}" for k, v in one.model_dump(exclude_none=True).items()) for one in gates.thresholds]
+    return ", ".join([*(f"`{name}` {value}" for name, value in asked.items()), *more])
+
+
+def _comparison_sections(comparison: Comparison | None) -> list[str]:
+    if comparison is None:
+        return []
+    mean = comparison.mean_acceptance()
+    means = f"Mean acceptance length: {in_percent(mean)}. " if mean else ""
+    left_out = "\n".join(f"* not compared: {reason}" for reason in comparison.not_compared)
+    sections = [
+        f"## Against the champion, version {comparison.version}",
+        markdown_table(comparison_rows(comparison)),
+        f"{means}In brackets the 95 % interval; acceptance lengths are compared prompt by prompt.",
+        left_out,
+    ]
+    return [section for section in sections if section]
 
 
 def _load_sections(result: BenchmarkResult, plots: Sequence[str]) -> list[str]:

@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from statistics import median
 
+from specforge_core.benchmark.compare import Comparison, in_percent
 from specforge_core.benchmark.sweep import baseline_speed, best_per_load, output_speed, switch_off_at
 from specforge_core.facts import BenchmarkResult, Measurement, SweepPoint
 
 RESULT_LEGEND = (
     "Acceptance length: output tokens per verification step of the target, its own token included. Tokens/s: medians "
-    "without and with draft, from interleaved repeats; the interval is 95 %. Lossless: outputs identical / apart at a "
-    "near-tie / really different."
+    "without and with draft, from interleaved repeats. Intervals are 95 %: over prompts of the acceptance length, over "
+    "repeats of the speedup. Lossless: outputs identical / apart at a near-tie / really different."
 )
 # Each goes with a column that not every benchmark has.
 COLUMN_LEGENDS = {
@@ -44,7 +45,7 @@ def measurement_row(measurement: Measurement) -> dict[str, str]:
         "chain": measurement.serving.chain(),
         "concurrency": str(measurement.serving.concurrency),
         "prompts": str(measurement.num_prompts),
-        "acceptance length": f"{measurement.acceptance_length:.2f}",
+        "acceptance length": _acceptance_length(measurement),
         "n-gram": "" if ngram is None else f"{ngram:.2f}",
         "in process": _in_process(measurement),
         "tokens/s without": f"{median(measurement.baseline_output_tokens_per_s):,.0f}",
@@ -72,6 +73,22 @@ def position_rows(result: BenchmarkResult) -> list[dict[str, str]]:
         row = {"suite": measurement.suite, "chain": measurement.serving.chain()}
         rows.append(row | {str(position): cell for position, cell in enumerate(cells, start=1)})
     return rows
+
+
+def comparison_rows(comparison: Comparison) -> list[dict[str, str]]:
+    """One row per figure of a draft beside the champion's."""
+    return [
+        {
+            "suite": change.suite,
+            "chain": change.serving.chain(),
+            "concurrency": str(change.serving.concurrency),
+            "figure": change.metric,
+            "champion": f"{change.champion:.2f}",
+            "this draft": f"{change.measured:.2f}",
+            "change": in_percent(change.ratio),
+        }
+        for change in comparison.changes
+    ]
 
 
 def sweep_rows(points: Sequence[SweepPoint]) -> list[dict[str, str]]:
@@ -143,6 +160,12 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
     columns = list(rows[0])
     lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _acceptance_length(measurement: Measurement) -> str:
+    low, high = measurement.acceptance_length_low, measurement.acceptance_length_high
+    interval = "" if low is None else f" ({low:.2f} to {high:.2f})"
+    return f"{measurement.acceptance_length:.2f}{interval}"
 
 
 def _in_process(measurement: Measurement) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from specforge_core.benchmark.compare import Standing
 from tasks import report as report_module
 from tasks import tracking
 from tasks.report import report
@@ -22,7 +23,7 @@ def test_the_report_and_its_plots_are_kept_by_the_store_and_the_tracker(
     run = tracking.start_run(tracking.ENTRIES, "demo", store=tmp_path, tags={})
     made = made_build.served_result(made_build.measurement())
     build = builds.entry_build(tmp_path, tracking=run)
-    report.fn(build, made_build.artifacts(tmp_path / "artifacts", made), ())
+    report.fn(build, made_build.artifacts(tmp_path / "artifacts", made), (), Standing())
 
     names = ["demo-acceptance.svg", "demo-speedup.svg", "demo-throughput.svg", "demo.json", "demo.md"]
     assert sorted(path.name for path in (tmp_path / "reports").iterdir()) == names

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import threading
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 from mlflow import MlflowClient
@@ -61,9 +63,20 @@ def test_builds_and_entries_are_runs_of_two_experiments(store: Path, run: Tracke
 
 def test_the_comparison_page_charts_the_entries(store: Path, run: TrackedRun) -> None:
     experiment = read(run).info.experiment_id
-    assert comparison_url(store, port=5001) == (
-        f"http://127.0.0.1:5001/#/experiments/{experiment}/runs?compareRunsMode=CHART"
-    )
+    url = comparison_url(store, port=5001)
+    assert url is not None
+    page, _, query = url.partition("?")
+    assert page == f"http://127.0.0.1:5001/#/experiments/{experiment}/runs"
+    asked = parse_qs(query)
+    assert asked["compareRunsMode"] == ["CHART"]
+    # As the page itself asks the server: each draft once, and none that broke.
+    client, (condition,) = MlflowClient(run.uri), asked["searchFilter"]
+    broken, superseded = (start_run(tracking.ENTRIES, "demo", store=store, tags={}) for _ in range(2))
+    broken.end("FAILED")
+    superseded.log_tags({tracking.SHOWN_TAG: "false"})
+    shown = {found.info.run_id for found in client.search_runs([experiment], condition)}
+    assert run.run_id in shown
+    assert not shown & {broken.run_id, superseded.run_id}
 
 
 def test_nested_parameters_get_dotted_names(run: TrackedRun) -> None:
@@ -134,6 +147,20 @@ def test_a_resumed_stage_that_writes_its_lines_again_adds_none_twice(
     assert curve(run, "train/loss") == [(1, 9.0), (2, 8.0), (3, 7.0)]
 
 
+def test_the_host_is_watched_from_outside_of_the_stage(run: TrackedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    with run.watch_host():
+        deadline = time.monotonic() + 20
+        while not curve(run, "system/cpu_utilization_percentage"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        threads = {thread.name for thread in threading.enumerate()}
+        assert "SystemMetricsMonitor" in threads
+    assert "SystemMetricsMonitor" not in {thread.name for thread in threading.enumerate()}
+    (_, percentage), *_ = curve(run, "system/system_memory_usage_percentage")
+    assert 0 < percentage < 100
+
+
 def test_result_metrics_are_named_by_suite_and_mean_over_suites() -> None:
     wide = ServingConfig(concurrency=8)
     result = made_build.result(
@@ -201,7 +228,7 @@ def test_a_tracker_out_of_reach_is_warned_of_once_and_stops_nothing(
     with caplog.at_level(logging.WARNING, logger="tasks.tracking"):
         run = start_run(tracking.ENTRIES, "demo", store=tmp_path, tags={})
         run.log_params({"a": 1})
-        with run.follow(tmp_path / "metrics.jsonl", stage="train"):
+        with run.follow(tmp_path / "metrics.jsonl", stage="train"), run.watch_host():
             pass
         run.end("FINISHED")
         assert comparison_url(tmp_path) is None
