@@ -7,6 +7,7 @@ back, so an upload that finds its tag has nothing to do.
 
 import functools
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -170,8 +171,12 @@ class _LocalFile(NamedTuple):
             return False
         if stored.lfs:
             return bool(stored.lfs.sha256 == self.sha256)
-        header = b"blob %d\0" % self.size_bytes
-        return bool(stored.blob_id == hashlib.sha1(header + self.path.read_bytes()).hexdigest())
+        return bool(stored.blob_id == git_oid(self.path.read_bytes()))
+
+
+def git_oid(content: bytes) -> str:
+    """What git calls a content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _local_files(folder: Path) -> dict[str, _LocalFile]:
@@ -190,8 +195,7 @@ def _plan(hub: Hub, files: dict[str, _LocalFile], repository: Repository) -> Upl
     tag = content_tag(digest({path: file.sha256 for path, file in files.items()}))
     parent = repository_head(hub, repository)
     if parent is not None:
-        tree = hub.api.list_repo_tree(name, repo_type=kind, revision=parent, recursive=True)
-        stored = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        stored = _stored(hub, repository, parent)
         tagged = _tags(hub, repository).get(tag)
 
     def planned(path: str, file: _LocalFile) -> PlannedFile:
@@ -209,6 +213,11 @@ def _plan(hub: Hub, files: dict[str, _LocalFile], repository: Repository) -> Upl
         tag=tag,
         tagged=tagged,
     )
+
+
+def _stored(hub: Hub, repository: Repository, revision: str) -> dict[str, RepoFile]:
+    tree = hub.api.list_repo_tree(repository.name, repo_type=repository.kind, revision=revision, recursive=True)
+    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
 
 def _create(hub: Hub, repository: Repository) -> None:
@@ -250,36 +259,49 @@ def _wrong_files(hub: Hub, repository: Repository, revision: str, files: dict[st
 
 
 def _sha256_at(hub: Hub, repository: Repository, revision: str, path: str) -> str:
-    url = hf_hub_url(repository.name, path, repo_type=repository.kind, revision=revision, endpoint=hub.endpoint)
     sha256 = hashlib.sha256()
+    for chunk in _read(hub, repository, revision, path):
+        sha256.update(chunk)
+    return sha256.hexdigest()
+
+
+def _read(hub: Hub, repository: Repository, revision: str, path: str) -> Iterator[bytes]:
+    """The content of a file, from the Hub and not from a cache."""
+    url = hf_hub_url(repository.name, path, repo_type=repository.kind, revision=revision, endpoint=hub.endpoint)
     with get_session().stream("GET", url, headers=build_hf_headers(token=hub.api.token)) as response:
         if response.is_error:
             # Its text is part of the message.
             response.read()
         hf_raise_for_status(response)
-        for chunk in response.iter_bytes(CHUNK_BYTES):
-            sha256.update(chunk)
-    return sha256.hexdigest()
+        yield from response.iter_bytes(CHUNK_BYTES)
 
 
 def _put_back(hub: Hub, repository: Repository, wrong: str) -> None:
     """Make the head what the last complete commit is, or empty without one, unless it has moved on from `wrong`."""
     name, kind = repository.name, repository.kind
 
-    def tree(revision: str) -> dict[str, str]:
-        entries = hub.api.list_repo_tree(name, repo_type=kind, revision=revision, recursive=True)
-        return {entry.path: entry.blob_id for entry in entries if isinstance(entry, RepoFile)}
+    def old_file(revision: str, file: RepoFile) -> CommitOperationCopy | CommitOperationAdd:
+        if file.lfs:
+            return CommitOperationCopy(file.path, file.path, src_revision=revision)
+        content = b"".join(_read(hub, repository, revision, file.path))
+        if git_oid(content) != file.blob_id:
+            raise RuntimeError(
+                f"{repository.title} can be read back neither at commit {wrong} nor at {revision}, its last complete "
+                f"state, where {file.path} has other bytes than it should; `{BRANCH}` is {wrong}"
+            )
+        return CommitOperationAdd(file.path, content)
 
     def put_back() -> None:
         if hub.api.repo_info(name, repo_type=kind, revision=BRANCH).sha != wrong:
             return
         complete = _tags(hub, repository).get(CHAMPION_TAG)
-        old, new = tree(complete) if complete else {}, tree(wrong)
-        copied = [path for path, blob_id in old.items() if new.get(path) != blob_id]
+        old = _stored(hub, repository, complete) if complete else {}
+        new = _stored(hub, repository, wrong)
+        differing = [f for path, f in old.items() if path not in new or new[path].blob_id != f.blob_id]
         hub.api.create_commit(
             name,
             [
-                *(CommitOperationCopy(path, path, src_revision=complete) for path in copied),
+                *(old_file(str(complete), file) for file in differing),
                 *(CommitOperationDelete(path, is_folder=False) for path in sorted(new.keys() - old.keys() - KEPT)),
             ],
             commit_message=f"Put back {complete or 'nothing'}",

@@ -27,7 +27,7 @@ from tests.hub_like.storage import (
     now,
 )
 
-Role = Literal["read", "write", "admin"]
+Role = Literal["read", "write", "admin", "fineGrained"]
 
 REPO = r"(?P<name>[^/]+/[^/]+)"
 SLUG = r"(?P<slug>[^/]+/[^/]+)"
@@ -82,6 +82,8 @@ class HubApi:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
+        self.num_uploads = 0
+        """LFS objects that arrived whole."""
 
     def answer(self, request: Request) -> Answer:
         try:
@@ -172,6 +174,7 @@ class HubApi:
         if hashlib.sha256(request.body).hexdigest() != sha256:
             raise Refusal(400, "the content's sha256 is another")
         self.storage.add_blob(request.body)
+        self.num_uploads += 1
         return Answer()
 
     def commit(self, request: Request, kind: Kind, name: str, revision: str) -> Answer:

@@ -2,8 +2,8 @@
 
 import re
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 FOREVER = 1_000_000
@@ -21,12 +21,13 @@ class Fault:
     """Of the answer."""
     message: Callable[[str], str] = lambda authorization: "made to fail"
     """What the answer says, given the request's own Authorization."""
+    headers: Mapping[str, str] = field(default_factory=dict)
     silence_s: float = 0.0
     """The connection stays open for so long."""
     body_fraction: float = 1.0
     """Share of the request's body that is read before the connection breaks."""
     on_hit: Callable[[], None] = lambda: None
-    """Called before anything else of this fault: kills a client, or lets another one publish in between."""
+    """Called then, before the client sees anything: kills it, or lets another one publish in between."""
     change: Callable[[bytes], bytes] | None = None
     """Answers with other bytes than the file's."""
     passes: bool = False

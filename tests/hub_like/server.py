@@ -69,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
         call = f"{self.command} {path}"
         self.server.calls.append(call)
         fault = self.server.faults.hit(call)
-        if fault:
+        if fault and fault.when == "before":
             fault.on_hit()
             fault = None if fault.passes else fault
         num_bytes = int(self.headers.get("Content-Length") or 0)
@@ -89,6 +89,8 @@ class Handler(BaseHTTPRequestHandler):
             answer = self.server.api.answer(Request(method, path, body, account, query, self.server.url))
         if fault and fault.change:
             return self.send(answer._replace(body=fault.change(answer.body)))
+        if fault:
+            fault.on_hit()
         return self.break_off(fault) if fault else self.send(answer)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = answer
@@ -107,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault.status is None:
             return self.hang_up()
         message = fault.message(self.headers.get("Authorization") or "")
-        return self.send(Answer(fault.status, {"error": message}, {"X-Error-Message": message}))
+        return self.send(Answer(fault.status, {"error": message}, {"X-Error-Message": message, **fault.headers}))
 
     def hang_up(self) -> None:
         self.close_connection = True
