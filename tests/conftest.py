@@ -1,12 +1,13 @@
 """Fixtures that several parts share."""
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from specforge_core.process import ending
+from specforge_core import gpus, process
 from specforge_core.stages import ResolvedTarget
 from tests import tiny
 
@@ -34,4 +35,15 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _nothing_is_ending() -> None:
     # An interrupted flow leaves it set until the next flow begins, which is the end of its process in real life.
-    ending.clear()
+    process.ending.clear()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_waits() -> None:
+    # Between two looks at a child or at a device, which are there at once in tests.
+    process.POLL_S = gpus.POLL_S = 0.02
+
+
+def pytest_collection_finish() -> None:
+    # What thousands of imported modules hold is there to the end: a collection need not look through it each time.
+    gc.freeze()
