@@ -140,7 +140,8 @@ def test_no_child_outlives_its_starter(tmp_path: Path, number: signal.Signals) -
     assert len(family) == 3
     starter.send_signal(number)
     starter.wait()
-    assert psutil.wait_procs(family, timeout=10)[1] == []
+    # Some hosts are slow to reap what lost its parent.
+    assert wait_until(lambda: not any(is_alive(process.pid) for process in family), timeout_s=10)
 
 
 def test_a_held_lock_is_free_only_when_the_last_descendant_is_gone(tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_a_held_lock_is_free_only_when_the_last_descendant_is_gone(tmp_path: Pat
         fcntl.flock(lock, fcntl.LOCK_EX)
         command = [sys.executable, "-c", {STUBBORN!r}]
         log = pathlib.Path({str(tmp_path / "log")!r})
-        with SupervisedProcess("child", command, log=log, grace_s=2, hold_fds=[lock.fileno()]) as process:
+        with SupervisedProcess("child", command, log=log, grace_s=1, hold_fds=[lock.fileno()]) as process:
             process.wait()
     """)
     starter = subprocess.Popen(python(code))

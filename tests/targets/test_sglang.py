@@ -18,12 +18,14 @@ from tests.sglang_like import MODULE, Behaviour
 
 
 @contextlib.contextmanager
-def serving(target: ResolvedTarget, directory: Path) -> Iterator[tuple[SupervisedServer, ...]]:
+def serving(
+    target: ResolvedTarget, directory: Path, *, answers: str = "model"
+) -> Iterator[tuple[SupervisedServer, ...]]:
     launch = Launch(
         python=sys.executable,
         module=MODULE,
         options={"--model-path": target.model, "--dtype": target.dtype},
-        environment=dict([Behaviour(answers="model").variable()]),
+        environment=dict([Behaviour(answers=answers).variable()]),
         startup_timeout_s=60,
     )
     with running_servers(launch, name="test", gpu_groups=[()], directory=directory) as servers:
@@ -51,7 +53,7 @@ def test_greedy_answers_are_those_of_the_target_in_process(talkative: ResolvedTa
 
 def test_a_prompt_that_leaves_no_room_is_refused_alone(talkative: ResolvedTarget, tmp_path: Path) -> None:
     requests = [GenerationRequest(f"{length}/0", [5] * length) for length in (3, 512, 4)]
-    with serving(talkative, tmp_path) as servers:
+    with serving(talkative, tmp_path, answers="scripted") as servers:
         target = SGLangTarget(talkative, servers)
         outcomes = {outcome.id: outcome for outcome in target.generate(requests, Sampling(4), batch_size=1)}
     refused = outcomes.pop("512/0")

@@ -9,6 +9,7 @@ import pytest
 
 from specforge_core.facts import Conversations, Environment
 from specforge_core.manifest_sections import Eagle3Config, TrainingConfig
+from specforge_core.training.bench import float8_study
 from specforge_core.training.bench.float8_results import (
     Float8Study,
     Outcome,
@@ -77,14 +78,16 @@ def test_differences_are_between_drafts_of_one_seed() -> None:
     assert float8["greedy matches by position"] == "75.0%, 25.0%"
 
 
-def test_runs_of_several_machines_are_merged_and_a_repeated_one_is_replaced(tmp_path: Path) -> None:
+def test_runs_of_several_machines_are_merged_and_a_repeated_one_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     old, other = make_run(make_outcome("bfloat16", 0, 2.0, 0.5)), make_run(target="large")
     new, on_gpu = make_run(make_outcome("bfloat16", 0, 2.5, 0.5)), make_run(gpu="a GPU")
     write_study(Float8Study().plus(old).plus(other), here)
     write_study(Float8Study().plus(new).plus(on_gpu), there)
-    merge = [*STUDY, "--merge", str(there / "float8.json"), "--out", str(here)]
-    subprocess.run(merge, cwd=ROOT, check=True)
+    monkeypatch.setattr("sys.argv", ["float8_study", "--merge", str(there / "float8.json"), "--out", str(here)])
+    float8_study.main()
     assert load_study(here / "float8.json").runs == (other, new, on_gpu)
     assert "2.500" in (here / "float8.md").read_text()
 
