@@ -115,6 +115,7 @@ def test_bad_requests_are_refused_with_status_400(tmp_path: Path, input_ids: lis
         assert server_info(url)["internal_states"][0]["num_requests"] == 1
 
 
+@pytest.mark.slow
 def test_the_target_of_a_folder_answers_as_transformers_does_with_a_draft_too(
     tmp_path: Path, tiny_target: ResolvedTarget
 ) -> None:

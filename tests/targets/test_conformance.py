@@ -45,8 +45,8 @@ def _servers_of_the_tests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
     assert list(memory.iterdir()) == [], "a folder was left in memory"
 
 
-def behave(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **faults: int) -> None:
-    behaviour = Behaviour(answers="model", journal=str(tmp_path / "journal"), **faults)  # type: ignore[arg-type]
+def behave(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, answers: str = "model", **faults: int) -> None:
+    behaviour = Behaviour(answers=answers, journal=str(tmp_path / "journal"), **faults)  # type: ignore[arg-type]
     monkeypatch.setenv(*behaviour.variable())
 
 
@@ -146,6 +146,7 @@ def test_a_server_gives_what_the_target_gives_in_this_process_in_chunks_too(
     check_same(tmp_path / "chunked", tmp_path / "transformers")
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_on_the_way_changes_nothing(
     tmp_path: Path, tiny_target: ResolvedTarget, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -213,8 +214,9 @@ def test_what_goes_wrong_inside_the_hook_ends_the_stage_with_its_message(
 
 
 def test_a_document_that_the_server_would_refuse_is_refused_before_any_work(
-    tmp_path: Path, tiny_target: ResolvedTarget
+    tmp_path: Path, tiny_target: ResolvedTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    behave(monkeypatch, tmp_path, answers="scripted")
     # The tiny target has a context of 512 tokens, of which the server keeps 6.
     spec = make_spec(tiny_target, make_conversations(tmp_path / "read", [(500, 30), (5, 5)]), "sglang")
     with pytest.raises(ValueError, match=r"the longest document has 506 tokens, the server takes less than 506"):
