@@ -4,11 +4,7 @@ import hashlib
 import json
 import logging
 import os
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -18,64 +14,34 @@ from specforge_core import resolve
 from specforge_core.manifest import Manifest
 from specforge_core.manifest_sections import BenchmarkConfig, DataConfig, PromptSource, SuiteConfig, TargetConfig
 from specforge_core.resolve import pin, resolve_benchmark, resolve_data, resolve_source, resolve_target
+from tests.hub_like.server import Hub
 
 # All digits and one "e": unquoted, YAML takes it for a number.
 MODEL_COMMIT = "1234567890123456789e01234567890123456789"
 DATA_COMMIT = "0" * 39 + "d"
 OLD_COMMIT = "f" * 40
-COMMITS = {
-    "/api/models/org/model/revision/main": MODEL_COMMIT,
-    "/api/models/org/model/revision/dev": OLD_COMMIT,
-    "/api/datasets/org/data/revision/main": DATA_COMMIT,
-}
-
-
-FILES: dict[str, list[str]] = {}
-"""Of a revision, where it does not hold weights alone."""
-
-
-class Hub(ThreadingHTTPServer):
-    """Two endpoints of the Hub: which commit a revision of a model, or of a data set, is."""
-
-    calls: list[str]
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        assert isinstance(self.server, Hub)
-        path = unquote(self.path.partition("?")[0])
-        self.server.calls.append(path)
-        commit = COMMITS.get(path)
-        is_known_repo = any(known.startswith(path.partition("/revision/")[0] + "/") for known in COMMITS)
-        siblings = [{"rfilename": name} for name in FILES.get(path, ["model.safetensors"])]
-        found = {"id": "org/name", "sha": commit, "siblings": siblings}
-        body = json.dumps(found if commit else {"error": "not found"}).encode()
-        self.send_response(200 if commit else 404)
-        if commit is None:
-            self.send_header("X-Error-Code", "RevisionNotFound" if is_known_repo else "RepoNotFound")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+QUESTIONS = (
+    "GET /api/models/org/model/revision/main",
+    "GET /api/models/org/model/revision/dev",
+    "GET /api/datasets/org/data/revision/main",
+)
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    server = Hub(("127.0.0.1", 0), Handler)
-    server.calls = []
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def hub(hub_server: Hub) -> Hub:
+    """Has a model with two branches, and a data set."""
+    storage = hub_server.storage
+    model, data = storage.create("model", "org/model"), storage.create("dataset", "org/data")
+    weights = {"model.safetensors": storage.regular_file(b"weights")}
+    storage.add_commit(model, weights, title="new", oid=MODEL_COMMIT)
+    storage.add_commit(model, weights, title="old", branch="dev", oid=OLD_COMMIT)
+    storage.add_commit(data, {}, title="data", oid=DATA_COMMIT)
+    return hub_server
 
 
 @pytest.fixture
 def api(hub: Hub) -> HfApi:
-    return HfApi(endpoint=f"http://127.0.0.1:{hub.server_port}", token=False)
+    return HfApi(endpoint=hub.url, token=False)
 
 
 @pytest.fixture
@@ -164,9 +130,11 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path, files: list[str
     ],
 )
 def test_a_hub_target_without_safetensors_is_refused_with_the_way_out(
-    tmp_path: Path, api: HfApi, monkeypatch: pytest.MonkeyPatch, files: list[str], message: str | None
+    tmp_path: Path, hub: Hub, api: HfApi, files: list[str], message: str | None
 ) -> None:
-    monkeypatch.setitem(FILES, "/api/models/org/model/revision/main", files)
+    storage = hub.storage
+    model, content = storage.repositories["model", "org/model"], storage.regular_file(b"x")
+    storage.add_commit(model, dict.fromkeys(files, content), title="other files", oid=MODEL_COMMIT)
     if message is None:
         assert resolve_target(TargetConfig(model="org/model"), tmp_path, api=api).revision == MODEL_COMMIT
         return
@@ -338,11 +306,11 @@ def test_pin_writes_commits_and_leaves_everything_else(tmp_path: Path, hub: Hub,
     ]
     # PyYAML's own reader agrees, and each question was asked once.
     assert yaml.safe_load(path.read_text())["entries"][0]["target"]["revision"] == MODEL_COMMIT
-    assert sorted(hub.calls) == sorted(COMMITS)
+    assert sorted(hub.calls) == sorted(QUESTIONS)
 
     assert pin(path, api=api) == []
     assert path.read_bytes().decode() == PINNED.replace("\n", newline)
-    assert len(hub.calls) == len(COMMITS)
+    assert len(hub.calls) == len(QUESTIONS)
     assert Manifest.load(path).entries[0].target.revision == MODEL_COMMIT
 
 

@@ -1,7 +1,6 @@
 """A local Hub, and a client of it, for every test that asks for them."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
@@ -12,10 +11,10 @@ from tests.hub_like.server import TOKEN
 
 
 @pytest.fixture
-def hub_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[server.Hub]:
+def hub_server(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[server.Hub]:
     # The environment variable is read when the client is imported, which other tests have done.
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    with server.running(tmp_path / "hub") as hub:
+    with server.running(tmp_path_factory.mktemp("hub")) as hub:
         yield hub
 
 
