@@ -98,9 +98,7 @@ def run_stage(spec: StageSpec, build: EntryBuild) -> StageResult[Any]:
     mirror raises if it cannot be reached: its artifacts may be worth days.
     """
     store, stage, key = Store(build.store), spec.stage, spec.key()
-    url = os.environ.get(MIRROR_VARIABLE)
-    mirror = Mirror(url) if url else None
-    found = store.find(stage, key, spec.facts_type)
+    mirror, found = _mirror(), store.find(stage, key, spec.facts_type)
     result = StageResult(found, is_reused=True) if found else _build(spec, key, build, store, mirror)
     record_stage(build.store, build.recipe.entry.name, stage=stage, key=key)
     if mirror:
@@ -124,11 +122,8 @@ def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store, mirror: M
         # Another build may have made it while this one waited.
         if found := store.find(spec.stage, key, spec.facts_type):
             return StageResult(found, is_reused=True)
-        pulled = directory.with_name(f".pulling-{key}")
-        if mirror and mirror.pull(spec.stage, key, spec.facts_type, pulled):
-            # Nothing goes on from what an interrupted build left.
-            shutil.rmtree(directory)
-            return StageResult(store.commit(pulled, spec.stage, key, spec.facts_type), is_reused=True)
+        if mirror and (taken := _pull(mirror, store, spec.stage, key, spec.facts_type, directory)):
+            return StageResult(taken, is_reused=True)
         spec_path = directory / SPEC_NAME
         write_atomically(spec_path, spec.model_dump_json(indent=1) + "\n")
         log, command = directory / LOG_NAME, stage_command(spec, spec_path, directory)
@@ -156,6 +151,33 @@ def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store, mirror: M
             except ProcessError as error:
                 raise StageError(spec.stage, error, log) from error
         return StageResult(store.commit(directory, spec.stage, key, spec.facts_type), is_reused=False)
+
+
+def _pull(
+    mirror: Mirror, store: Store, stage: str, key: str, facts_type: type[FactsT], directory: Path
+) -> Artifact[FactsT] | None:
+    """The mirror's artifact, now the store's; None if it has none. Args: directory: where it would be built."""
+    pulled = directory.with_name(f".pulling-{key}")
+    if not mirror.pull(stage, key, facts_type, pulled):
+        return None
+    # Nothing goes on from what an interrupted build left.
+    shutil.rmtree(directory)
+    return store.commit(pulled, stage, key, facts_type)
+
+
+def find_artifact(recorded: Artifact[FactsT], root: Path) -> Artifact[FactsT] | None:
+    """An artifact that a record speaks of, from the store, else from the mirror; None if neither has that content."""
+    store, stage, key, facts_type = Store(root), recorded.stage, recorded.key, type(recorded.facts)
+    found = store.find(stage, key, facts_type)
+    if found is None and (mirror := _mirror()):
+        with store.building(stage, key) as (directory, _):
+            found = store.find(stage, key, facts_type) or _pull(mirror, store, stage, key, facts_type, directory)
+    return found if found and found.content_id == recorded.content_id else None
+
+
+def _mirror() -> Mirror | None:
+    url = os.environ.get(MIRROR_VARIABLE)
+    return Mirror(url) if url else None
 
 
 def stage_command(spec: StageSpec, spec_path: Path, out: Path) -> list[str]:
