@@ -22,8 +22,10 @@ from specforge_core.manifest_publish import Destination
 from specforge_core.plan import make_recipe
 from specforge_core.process import children_end_on_error
 from specforge_core.selection import missing_gpus, select_entries
+from specforge_core.site.render import entry_page, site_directory
 from tasks import tracking
 from tasks.publish import check_destination
+from tasks.site import SITE_TAG, update_site
 from tasks.stage import EntryBuild, run_logger
 from tasks.tracking import TrackedRun
 
@@ -100,7 +102,7 @@ def specbundle(
         for entry, result in zip(entries, results, strict=True)
     ]
     rows += [EntryRow(entry=name, status="skipped", detail=reason) for name, reason in skipped.items()]
-    return _finish(rows, settings)
+    return _finish(rows, settings, update_site(store, loaded.entries))
 
 
 @task(name="build entry", task_run_name="{entry.name}", cache_policy=NO_CACHE, persist_result=False)
@@ -146,21 +148,25 @@ def build_entry(entry: ManifestEntry, settings: BuildSettings) -> EntryRow:
         raise
     record_outcome(settings.store, entry.name, outcome)
     row = row_of_outcome(entry.name, outcome, store=settings.store, elapsed_s=time.monotonic() - started_at)
-    run.log_tags({"specbundle.status": row.status, "specbundle.detail": row.detail})
+    page = entry_page(site_directory(settings.store), entry.name).as_uri()
+    run.log_tags({"specbundle.status": row.status, "specbundle.detail": row.detail, SITE_TAG: page})
     run.end("FINISHED")
     return row
 
 
-def _finish(rows: list[EntryRow], settings: BuildSettings) -> State[Any]:
-    """The run's final state, after its summary is shown and tracked."""
+def _finish(rows: list[EntryRow], settings: BuildSettings, site: Path | None) -> State[Any]:
+    """The run's final state, after its summary is shown and tracked. Args: site: its first page."""
     run = settings.run
     summary = BuildSummary(
         rows=tuple(rows),
         store=settings.store,
         tracking_uri=run.uri,
         comparison_url=tracking.comparison_url(settings.store),
+        site=site,
     )
     show_summary(summary)
+    if site:
+        run.log_tags({SITE_TAG: site.as_uri()})
     for status in ("published", "passed", "rejected", "failed", "skipped"):
         run.log_metrics({f"num_{status}": sum(row.status == status for row in rows)})
     run.log_text("summary.md", summary.markdown())

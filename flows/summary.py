@@ -53,6 +53,8 @@ class BuildSummary(Record):
     tracking_uri: str
     comparison_url: str | None
     """The page that charts the entries' runs side by side; None if tracking failed."""
+    site: Path | None = None
+    """First page of the site of results; None if it was not written."""
 
     @property
     def message(self) -> str:
@@ -65,6 +67,7 @@ class BuildSummary(Record):
 
     def next_steps(self) -> list[str]:
         """Where to look now, as lines for a terminal."""
+        site = [f"site:     {self.site.as_uri()}"] if self.site else []
         reports = [f"report:   {self.store / 'reports' / row.entry}.md" for row in self.rows if row.speedup is not None]
         built = [row.entry for row in self.rows if row.speedup is not None]
         compare = []
@@ -73,7 +76,7 @@ class BuildSummary(Record):
         if self.comparison_url and not self.tracking_uri.startswith("http"):
             compare.append(f"          served by `{' '.join(server_command(self.tracking_uri))}`, or `make up`")
         look = [f"look at:  specbundle show conversation --entry {built[0]}; specbundle report"] if built else []
-        return [*reports, *compare, *look]
+        return [*site, *reports, *compare, *look]
 
     def markdown(self) -> str:
         """The table of its rows."""
@@ -113,6 +116,8 @@ def show_summary(summary: BuildSummary) -> None:
         key="specbundle", table=[row.cells() for row in summary.rows], description="One row per entry of the build"
     )
     create_markdown_artifact(key="specbundle-summary", markdown=summary.markdown(), description="Summary of the build")
+    if summary.site:
+        create_link_artifact(key="specbundle-site", link=summary.site.as_uri(), link_text="Site of all results")
     if summary.comparison_url:
         create_link_artifact(
             key="specbundle-comparison", link=summary.comparison_url, link_text="All entries side by side in MLflow"

@@ -100,8 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     show_parser.add_argument("what", metavar="ENTRY|conversation")
     show_parser.add_argument("--entry", default="demo", help="whose conversations; default: %(default)s")
     show_parser.add_argument("--index", default="0", help="position of the conversation, or the start of its id")
-    report_parser = add("report", report, "Print what the last builds measured.")
+    report_parser = add("report", report, "Print what the last builds measured, and write the site of all results.")
     report_parser.add_argument("entries", nargs="*", metavar="ENTRY", help="default: every entry that was built")
+    report_parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the site; default: site in the store")
     add("pin", pin, "Replace each branch of a Hub repository in the manifest by its commit.")
     up_parser = add("up", up, "Start server, work pool, deployment, MLflow page and worker, until Ctrl-C.")
     up_parser.add_argument("--prefect-port", type=int, default=4200)
@@ -316,20 +317,27 @@ def _show_entry(store: Store, manifest: Manifest, name: str) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Print one row per measurement, and where the whole reports are."""
-    from specforge_core.benchmark.report import load_report
+    """Print one row per measurement, where the whole reports are, and the address of the site."""
+    from specforge_core.benchmark.history import load_history
     from specforge_core.benchmark.tables import measurement_row, without_empty_columns
 
-    folder = _store(args).root / "reports"
-    files = [folder / f"{name}.json" for name in args.entries] if args.entries else sorted(folder.glob("*.json"))
+    store = _store(args).root
+    files = [store / "reports" / f"{name}.json" for name in args.entries] or sorted((store / "reports").glob("*.json"))
     missing = [file.stem for file in files if not file.is_file()]
     if missing or not files:
-        raise ValueError(f"no report of {', '.join(missing) or 'any entry'} in {folder}; `specbundle build` writes one")
-    reports = {file.stem: load_report(file) for file in files}
-    rows = [{"entry": n} | measurement_row(m) for n, made in reports.items() for m in made.benchmark.measurements]
+        which = ", ".join(missing) or "any entry"
+        raise ValueError(f"no report of {which} in {store / 'reports'}; `specbundle build` writes one")
+    histories = {file.stem: load_history(store, file.stem) for file in files}
+    last = {name: history.reports[-1].report for name, history in histories.items() if history.reports}
+    rows = [{"entry": n} | measurement_row(m) for n, made in last.items() for m in made.benchmark.measurements]
     _print_table(without_empty_columns(rows))
     for file in files:
         _print(f"whole report: {file.with_suffix('.md')}")
+    # It asks the tracker, which takes seconds.
+    from tasks.site import write_site
+
+    index = write_site(store, Manifest.load(args.manifest).entries, out=args.out)
+    _print(f"site: {index.as_uri()}")
     return 0
 
 

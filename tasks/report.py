@@ -8,6 +8,7 @@ from prefect.cache_policies import NO_CACHE
 
 from specforge_core.artifacts import BuildArtifacts
 from specforge_core.benchmark.compare import Standing
+from specforge_core.benchmark.history import record_report
 from specforge_core.benchmark.report import EntryReport, make_report, report_markdown, write_report
 from specforge_core.facts import GateFailure
 from tasks.progress import artifact_key
@@ -18,10 +19,11 @@ from tasks.stage import EntryBuild
 def report(
     build: EntryBuild, artifacts: BuildArtifacts, failures: Sequence[GateFailure], standing: Standing
 ) -> EntryReport:
-    """The report, also written to the store's `reports/` with its plots, shown by Prefect and kept by the tracker."""
+    """The report, also written to the store's `reports/` with its plots and history, shown by Prefect and tracked."""
     recipe = build.recipe
     made = make_report(recipe.entry, recipe.target, artifacts, failures, standing.comparison)
     files = write_report(build.store / "reports", made)
+    record_report(build.store, made)
     create_markdown_artifact(
         key=artifact_key(f"report-{recipe.entry.name}"),
         markdown=report_markdown(made),

@@ -18,6 +18,7 @@ from specforge_core.ledger import record_outcome
 from tests import made_build
 from tests.builds import recipe_of
 from tests.factory import gpu_entry, make_factory, served_entry, tiny_entry
+from tests.site import made_store
 from tests.test_plan import build_all
 
 
@@ -115,6 +116,27 @@ def test_show_lists_artifacts_and_the_gates_that_failed(factory: Path, capsys: p
     assert all(artifact.key in printed for artifact in artifacts.values())
     assert "tiny: rejected" in printed
     assert "gate min_speedup: too slow" in printed
+
+
+def test_report_prints_the_last_measurements_and_writes_the_site(
+    factory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    made_store.make_store(factory / ".specbundle")
+    assert cli.main(["report", "demo"]) == 0
+    printed = capsys.readouterr().out
+    assert "1.80x (1.60 to 2.00)" in printed
+    assert "1.10x" not in printed
+    site = factory / ".specbundle" / "site" / "index.html"
+    assert printed.endswith(f"site: {site.as_uri()}\n")
+    # The manifest's, never built, and all of the store's.
+    pages = {path.stem for path in (site.parent / "entries").iterdir()}
+    assert pages == {"tiny", "big", "demo", "llama", "worse"}
+    # A tracker that was never there is not made.
+    assert not list((factory / ".specbundle").glob("mlflow*"))
+
+    assert cli.main(["report", "--out", str(factory / "elsewhere")]) == 0
+    assert (factory / "elsewhere" / "index.html").is_file()
 
 
 @pytest.mark.parametrize(

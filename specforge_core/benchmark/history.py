@@ -1,6 +1,7 @@
-"""Every distinct report of an entry: `<store>/reports/history/<entry>/<time>-<content id>.json`. Torch-free.
+"""Every report of an entry: `<store>/reports/history/<entry>/<time>-<content id>.json`. Torch-free.
 
-`<store>/reports/<entry>.json` is the last one, and the next build writes over it; these stay.
+`<store>/reports/<entry>.json` is the last one, and the next build writes over it; these stay. A build that finds out
+nothing new adds none.
 """
 
 import logging
@@ -18,7 +19,7 @@ TIME_FORMAT = "%Y%m%dT%H%M%S%fZ"
 
 
 class RecordedReport(NamedTuple):
-    """A report, and when it first came to be."""
+    """A report, and when it came to be."""
 
     recorded_at: datetime
     report: EntryReport
@@ -34,13 +35,14 @@ class History(NamedTuple):
 
 
 def record_report(store: Path, report: EntryReport, *, at: datetime | None = None) -> Path:
-    """The report's file in the history, written unless it is there. Args: at: now, unless it is given."""
+    """The report's file in the history, written unless it is the newest. Args: at: now, unless it is given."""
     folder = _folder(store, report.lineage.entry.name)
-    content_id = digest(report.model_dump(mode="json"))
-    if found := sorted(folder.glob(f"*-{content_id}.json")):
-        return found[0]
+    suffix = f"-{digest(report.model_dump(mode='json'))}.json"
+    before = max(folder.glob("*.json"), default=None)
+    if before and before.name.endswith(suffix):
+        return before
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{(at or datetime.now(UTC)).astimezone(UTC):{TIME_FORMAT}}-{content_id}.json"
+    path = folder / f"{(at or datetime.now(UTC)).astimezone(UTC):{TIME_FORMAT}}{suffix}"
     write_atomically(path, report.model_dump_json(indent=1) + "\n")
     return path
 

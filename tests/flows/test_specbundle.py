@@ -21,6 +21,7 @@ from specforge_core.artifacts import BuildArtifacts
 from specforge_core.facts import GateFailure
 from specforge_core.gpus import Gpu
 from specforge_core.ledger import load_entry_record, record_stage
+from tasks.site import SITE_TAG
 from tasks.stage import EntryBuild, run_stage, stage_task
 from tests import made_build
 from tests.builds import entry_build
@@ -107,6 +108,9 @@ def test_a_build_ends_completed_with_a_row_on_its_page_and_in_its_result(
     assert "1 of 1 entries passed" in latest_artifact("specbundle-summary")
     assert latest_artifact("draft-tiny") == "[/published/demo](file:///published/demo)"
     assert load_entry_record(tmp_path / "store", "tiny").outcome is not None
+    site = tmp_path / "store" / "site"
+    assert latest_artifact("specbundle-site") == f"[Site of all results]({(site / 'index.html').as_uri()})"
+    assert (site / "entries" / "tiny.html").is_file()
 
 
 def test_entries_run_side_by_side_and_one_that_fails_stops_no_other_but_fails_the_build(
@@ -136,6 +140,9 @@ def test_entries_run_side_by_side_and_one_that_fails_stops_no_other_but_fails_th
         "good": "FINISHED",
         "slow": "FINISHED",
     }
+    pages = {run.info.run_name: run.data.tags.get(SITE_TAG) for run in runs}
+    folder = tmp_path / "store" / "site" / "entries"
+    assert pages == {"broken": None, "good": (folder / "good.html").as_uri(), "slow": (folder / "slow.html").as_uri()}
 
 
 def test_an_entry_for_gpus_that_this_host_lacks_is_skipped_unless_it_is_asked_for(

@@ -7,6 +7,7 @@ import pytest
 from mlflow import MlflowClient
 
 from specforge_core.benchmark.compare import Standing
+from specforge_core.benchmark.history import load_history
 from tasks import report as report_module
 from tasks import tracking
 from tasks.report import report
@@ -26,7 +27,9 @@ def test_the_report_and_its_plots_are_kept_by_the_store_and_the_tracker(
     report.fn(build, made_build.artifacts(tmp_path / "artifacts", made), (), Standing())
 
     names = ["demo-acceptance.svg", "demo-speedup.svg", "demo-throughput.svg", "demo.json", "demo.md"]
-    assert sorted(path.name for path in (tmp_path / "reports").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "reports").iterdir() if path.is_file()) == names
+    (recorded,) = load_history(tmp_path, "demo").reports
+    assert recorded.report.benchmark == made
     assert run.run_id is not None
     client = MlflowClient(run.uri)
     assert sorted(file.path for file in client.list_artifacts(run.run_id)) == names
