@@ -76,8 +76,6 @@ class ServingDraft(Record):
     num_parameters: int
     max_reload_error: float
     """Largest difference of logits between the trained and the re-loaded draft, in any format; must be 0."""
-    formats: tuple[str, ...] = ("sglang",)
-    """What it was written for: `sglang` at the root of the folder, `speculators` (vLLM) below."""
 
 
 class Environment(Record):

@@ -109,14 +109,14 @@ def launch_line(
         **(draft_options(draft, serving) if serving else {}),
     }
     parts = [
-        flag if value is True else f"{flag} {_shell_word(str(value))}"
+        flag if value is True else f"{flag} {shell_word(str(value))}"
         for flag, value in options.items()
         if value is not False
     ]
     return " \\\n  ".join(["python3 -m sglang.launch_server", *parts])
 
 
-def _shell_word(value: str) -> str:
+def shell_word(value: str) -> str:
     # A shell finds the home directory only where the tilde is not quoted.
     return f"~/{shlex.quote(value[2:])}" if value.startswith("~/") else shlex.quote(value)
 

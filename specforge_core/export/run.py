@@ -19,9 +19,9 @@ from transformers import AutoConfig, PretrainedConfig
 from specforge_core.artifacts import write_atomically
 from specforge_core.drafts.eagle3 import NUM_AUX_LAYERS, Eagle3Draft
 from specforge_core.drafts.eagle3_reference import attend
-from specforge_core.export.speculators import FOLDER, DraftFiles, Verifier, from_speculators, to_speculators
+from specforge_core.export.speculators import DraftFiles, Verifier, from_speculators, to_speculators
 from specforge_core.export.verify import CONFIG_NAME, WEIGHTS_NAME, check_serving_folder
-from specforge_core.export.verify_speculators import check_speculators_folder
+from specforge_core.export.verify_speculators import SPECULATORS_FOLDER, check_speculators_folder
 from specforge_core.facts import ServingDraft
 from specforge_core.stages import ExportSpec, ResolvedTarget
 from specforge_core.training.train import DRAFT_CONFIG_NAME, DRAFT_NAME
@@ -45,7 +45,7 @@ def main(spec: ExportSpec, out: Path) -> ServingDraft:
     target_config = load_target_config(spec.target)
     write_folder(out, trained)
     check_serving_folder(out, target_config)
-    folder = out / FOLDER
+    folder = out / SPECULATORS_FOLDER
     write_folder(folder, to_speculators(trained, verifier(spec.target), num_speculative_tokens=spec.num_steps))
     check_speculators_folder(folder, target_config)
     error = max(
@@ -54,12 +54,7 @@ def main(spec: ExportSpec, out: Path) -> ServingDraft:
     )
     num_parameters = sum(tensor.numel() for tensor in trained.tensors.values() if tensor.dtype == SERVING_DTYPE)
     logger.info("exported %d parameters to %s, reload error %g", num_parameters, out, error)
-    return ServingDraft(
-        architecture=config["architectures"][0],
-        num_parameters=num_parameters,
-        max_reload_error=error,
-        formats=("sglang", "speculators"),
-    )
+    return ServingDraft(architecture=config["architectures"][0], num_parameters=num_parameters, max_reload_error=error)
 
 
 def write_folder(folder: Path, draft: DraftFiles) -> None:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from specforge_core.drafts.eagle3_config import ARCHITECTURE
 
-FOLDER = "speculators"
 FORMAT_VERSION = "0.9.0"
 """Of the package whose config this is."""
 SHARED_FIELDS = ("draft_vocab_size", "target_hidden_size", "norm_before_residual", "fc_norm", "norm_output")

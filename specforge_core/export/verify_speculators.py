@@ -18,6 +18,8 @@ from specforge_core.export.verify import (
     tensor_errors,
 )
 
+SPECULATORS_FOLDER = "speculators"
+"""Within a draft's folder, which is SGLang's."""
 LAYER_CONFIG = "transformer_layer_config"
 # All that is read beside the layer's config, and read nowhere else.
 TOP_FIELDS = (

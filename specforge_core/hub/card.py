@@ -1,11 +1,13 @@
 """The model card of a draft: `model_card.md`, filled with what was made and measured. Torch-free."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator
 from importlib import resources
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from specforge_core.benchmark.report import EntryReport, lineage_rows, making_rows
+from specforge_core.benchmark.headline import headline
+from specforge_core.benchmark.report import EntryReport, Lineage, lineage_rows, making_rows
 from specforge_core.benchmark.sweep import LAUNCH_NOTE, launch_lines
 from specforge_core.benchmark.tables import (
     SWEEP_LEGEND,
@@ -16,94 +18,178 @@ from specforge_core.benchmark.tables import (
     result_rows,
     sweep_rows,
     switch_off_advice,
+    without_empty_columns,
 )
+from specforge_core.export.verify_speculators import SPECULATORS_FOLDER
+from specforge_core.facts import BenchmarkResult
+from specforge_core.hub.vllm import has_norms, oldest_version, vllm_commands
 from specforge_core.manifest import ManifestEntry
+from specforge_core.manifest_sections import BUILTIN_DEMO
 
 TEMPLATE_NAME = "model_card.md"
+LICENSE_NAME = "LICENSE"
+LICENSE_FOLDER = "base_model"
+"""Of the target's own licence texts."""
+PLOTS_FOLDER = "plots"
+SGLANG_VERSION = "0.5.14"
+"""Whose flags the launch lines have where no server was measured."""
 
 
-def model_card(report: EntryReport, *, license_files: Sequence[str]) -> str:
+def model_card(report: EntryReport, files: Collection[str], *, target_path: str | None = None) -> str:
     """The text of the repository's README.md, with its metadata.
 
-    Args: license_files: names within the repository of the target's own licence texts.
+    Args: files: names of the repository's other files, which the card shows and links; target_path: where a target
+    that is no Hub model lies, for a draft that is published in a folder of the same machine.
     """
     entry, benchmark = report.lineage.entry, report.benchmark
+    target = report.lineage.target()
+    if target_path and not entry.publish.repository:
+        target = target.model_copy(update={"model": target_path})
     servings = [measured.serving for measured in benchmark.measurements]
     servings += [point.serving for point in benchmark.sweep]
+    # vLLM drafts chains alone.
+    chains = [serving.num_steps for serving in servings if serving.topk == 1]
     template = resources.files("specforge_core.hub").joinpath(TEMPLATE_NAME).read_text(encoding="utf-8")
     # `card.validate()` would ask the public Hub.
     card = ModelCard.from_template(
-        card_data(report),
+        card_data(report, files),
         template_str=template,
-        repository=entry.publish.repository or entry.name,
+        entry=entry,
+        report=report,
+        repository=entry.publish.repository,
         method=method_name(entry),
         target=entry.target.model,
-        target_version=report.lineage.target_revision or report.lineage.target_content_id,
+        is_on_hub=report.lineage.target_revision is not None,
+        headline=headline(benchmark),
         results=markdown_table(result_rows(benchmark)),
         result_legend=result_legend(benchmark),
+        unsure=unsure_suites(benchmark),
         positions=markdown_table(position_rows(benchmark)),
         measured_on=measured_on(benchmark),
-        dtype=entry.target.dtype,
         is_served=benchmark.engine == "sglang",
-        inflated_note=report.lineage.inflated and report.lineage.inflated.note(),
+        server_versions=sorted({server.version for server in benchmark.servers.values()}) or [SGLANG_VERSION],
         sweep=markdown_table(sweep_rows(benchmark.sweep)),
         sweep_legend=SWEEP_LEGEND,
         switch_off_advice=switch_off_advice(benchmark.sweep) if benchmark.sweep else "",
         # Without a repository the commands are for whoever stands in this folder.
-        launch_lines=launch_lines(benchmark, report.lineage.target(), entry.publish.repository or ".", entry.engine),
+        launch_lines=launch_lines(benchmark, target, entry.publish.repository or ".", entry.engine),
         launch_note=LAUNCH_NOTE,
+        vllm_commands=vllm_commands(
+            target,
+            entry.publish.repository,
+            num_speculative_tokens=chains[0] if chains else entry.draft.num_steps,
+            tensor_parallel=entry.engine.tensor_parallel,
+        ),
+        vllm_version=oldest_version(entry),
+        needs_vllm_norms=has_norms(entry),
+        speculators_folder=SPECULATORS_FOLDER,
+        has_speculators=f"{SPECULATORS_FOLDER}/config.json" in files,
+        plots={name.split("/")[1].split(".")[0]: name for name in files if name.startswith(f"{PLOTS_FOLDER}/")},
+        is_procedural=any(suite.source.dataset == BUILTIN_DEMO for suite in entry.benchmark.suites),
+        has_ngram=any(one.ngram_acceptance_length for one in benchmark.measurements),
         has_trees=any(serving.topk > 1 for serving in servings),
-        sources=[f"`{source.dataset}` ({source.split})" for source in entry.data.sources],
-        data=entry.data,
-        draft=entry.draft,
-        training=entry.training,
+        data=markdown_table(data_rows(report)),
         making=markdown_table(making_rows(report)),
+        cost=markdown_table(cost_rows(report.lineage)),
         lineage=markdown_table(lineage_rows(report.lineage)),
-        vocabulary=report.vocabulary,
-        license_name=entry.publish.license,
-        license_files=license_files,
+        has_license=LICENSE_NAME in files,
+        target_licenses=sorted(name for name in files if name.startswith(f"{LICENSE_FOLDER}/")),
     )
     return str(card)
 
 
-def card_data(report: EntryReport) -> ModelCardData:
+def card_data(report: EntryReport, files: Collection[str]) -> ModelCardData:
     """The card's metadata: what the Hub searches by, and the results in its `model-index` form."""
     entry = report.lineage.entry
     # A folder on someone's disk is no base model that the Hub could link to.
     is_on_hub = report.lineage.target_revision is not None
+    # Only what has a revision is known to be a data set of the Hub.
+    datasets = [source.dataset for source in entry.data.sources if source.revision]
+    if entry.publish.dataset and entry.publish.to == "hub":
+        datasets.append(entry.publish.dataset)
     return ModelCardData(
         base_model=entry.target.model if is_on_hub else None,
         # The nearest of the Hub's relations: of no use without its base.
         base_model_relation="adapter" if is_on_hub else None,
+        datasets=datasets or None,
         library_name="sglang",
         license=entry.publish.license,
+        license_link=LICENSE_NAME if LICENSE_NAME in files else None,
         model_name=entry.publish.repository or entry.name,
         pipeline_tag="text-generation",
-        tags=["speculative-decoding", "draft-model", entry.draft.algorithm, "sglang", "specbundle"],
+        tags=[
+            *("speculative-decoding", "draft-model", entry.draft.algorithm, "sglang"),
+            *(["vllm", "speculators"] if f"{SPECULATORS_FOLDER}/config.json" in files else []),
+            "specbundle",
+        ],
         eval_results=list(_eval_results(report)),
     )
 
 
 def _eval_results(report: EntryReport) -> Iterator[EvalResult]:
     splits = {suite.name: suite.source.split for suite in report.lineage.entry.benchmark.suites}
-    for measurement in report.benchmark.measurements:
-        where = f"chain {measurement.serving.chain()}, concurrency {measurement.serving.concurrency}"
-        for metric_type, metric_name, value in (
-            ("acceptance_length", "Acceptance length", measurement.acceptance_length),
-            ("speedup", "Speedup of output tokens/s", measurement.speedup),
+    for one in report.benchmark.measurements:
+        where = f"chain {one.serving.chain()}, concurrency {one.serving.concurrency}"
+        length = (one.acceptance_length, one.acceptance_length_low, one.acceptance_length_high)
+        for metric_type, metric_name, (value, low, high) in (
+            ("acceptance_length", "Acceptance length", length),
+            ("speedup", "Speedup of output tokens/s", (one.speedup, one.speedup_low, one.speedup_high)),
         ):
             yield EvalResult(
                 task_type="text-generation",
                 # Results are grouped by this type, and two suites may be parts of one data set.
-                dataset_type=measurement.suite,
-                dataset_name=measurement.suite,
-                dataset_split=splits.get(measurement.suite),
+                dataset_type=one.suite,
+                dataset_name=one.suite,
+                dataset_split=splits.get(one.suite),
                 metric_type=metric_type,
                 metric_name=f"{metric_name} ({where})",
                 metric_value=round(value, 3),
+                metric_args=None if low is None or high is None else {"interval_95": [round(low, 3), round(high, 3)]},
             )
 
 
 def method_name(entry: ManifestEntry) -> str:
     """The method as the literature calls it."""
     return "EAGLE-3.1" if entry.draft.fc_norm and entry.draft.norm_output else "EAGLE-3"
+
+
+def unsure_suites(result: BenchmarkResult) -> list[str]:
+    """The suites on which a gain is not shown: the interval of a speedup there reaches down to 1."""
+    return list(dict.fromkeys(one.suite for one in result.measurements if one.speedup_low <= 1))
+
+
+def data_rows(report: EntryReport) -> list[dict[str, str]]:
+    """One row per source of prompts."""
+    rows = [
+        {
+            "prompts of": f"`{source.dataset}`",
+            "part": ", ".join(filter(None, (source.config, source.split))),
+            "revision": source.revision or "",
+            "conversations at most": f"{source.limit:,}" if source.limit else "",
+        }
+        for source in report.lineage.entry.data.sources
+    ]
+    return without_empty_columns(rows)
+
+
+def cost_rows(lineage: Lineage) -> list[dict[str, str]]:
+    """One row per stage: how long it took on what, and the sums."""
+    stages = [(name, stage.elapsed_s, stage.hardware or "") for name, stage in lineage.stages.items()]
+    gpu_hours = [seconds * num_gpus(hardware) / 3600 for _, seconds, hardware in stages]
+    rows = [
+        {"stage": name, "seconds": f"{seconds:,.0f}", "on": hardware, "GPU hours": f"{hours:,.2f}" if hours else ""}
+        for (name, seconds, hardware), hours in zip(stages, gpu_hours, strict=True)
+    ]
+    total = {
+        "stage": "**all**",
+        "seconds": f"{sum(seconds for _, seconds, _ in stages):,.0f}",
+        "on": "",
+        "GPU hours": f"{sum(gpu_hours):,.2f}" if any(gpu_hours) else "",
+    }
+    return without_empty_columns([*rows, total])
+
+
+def num_gpus(hardware: str) -> int:
+    """The GPUs of a stage's hardware as its record names it: `2 x NVIDIA H200`, or a processor."""
+    found = re.match(r"(\d+) x ", hardware)
+    return int(found[1]) if found else 0

@@ -17,35 +17,49 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
 from specforge_core.artifacts import BuildArtifacts
+from specforge_core.benchmark.plots import png_plots
 from specforge_core.benchmark.report import EntryReport
 from specforge_core.digests import digest, file_sha256
 from specforge_core.facts import Published
-from specforge_core.hub.card import model_card
+from specforge_core.hub.card import LICENSE_FOLDER, LICENSE_NAME, PLOTS_FOLDER, model_card
 from specforge_core.manifest_sections import NAME_PATTERN
 from specforge_core.stages import ResolvedTarget
 
 VERSIONS = ".versions"
-LICENSE_FOLDER = "base_model"
+SHIPPED_LICENSE = "apache-2.0"
 LICENSE_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 
 
 def repository_files(report: EntryReport, artifacts: BuildArtifacts, target: ResolvedTarget) -> dict[str, Path | bytes]:
     """The files of the draft's repository, by name: where each lies now, or its content."""
-    licenses = {f"{LICENSE_FOLDER}/{path.name}": path for path in license_files(target)}
-    return {
+    licenses = license_files(target)
+    own_license = draft_license(report.lineage.entry.publish.license, licenses)
+    files: dict[str, Path | bytes] = {
         **{name: artifacts.draft.path / name for name in artifacts.draft.files},
-        **licenses,
-        "README.md": model_card(report, license_files=sorted(licenses)).encode(),
+        **{f"{LICENSE_FOLDER}/{path.name}": path for path in licenses},
+        **({LICENSE_NAME: own_license} if own_license else {}),
+        **{f"{PLOTS_FOLDER}/{name}": content for name, content in png_plots(report.benchmark).items()},
         "lineage.json": _json_bytes(report.lineage.model_dump(mode="json")),
         "benchmark_result.json": _json_bytes(report.benchmark.model_dump(mode="json")),
     }
+    target_path = target.model if target.revision is None else None
+    return files | {"README.md": model_card(report, files.keys(), target_path=target_path).encode()}
+
+
+def draft_license(name: str, target_licenses: Sequence[Path]) -> bytes | None:
+    """The text of a draft's licence: the one that comes with this package, or else the target's own, as a licence that
+    is not free is its makers' words; None if there is neither."""
+    if name == SHIPPED_LICENSE:
+        return resources.files("specforge_core.hub").joinpath("licenses", f"{SHIPPED_LICENSE}.txt").read_bytes()
+    return next((path.read_bytes() for path in target_licenses if path.stem == LICENSE_NAME), None)
 
 
 def license_files(target: ResolvedTarget) -> list[Path]:

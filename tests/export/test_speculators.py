@@ -16,8 +16,7 @@ from tests.export.folders import write_checkpoint
 
 def export(tmp_path: Path, target: ResolvedTarget, config: Eagle3Config, **checkpoint: torch.Tensor) -> Path:
     made = write_checkpoint(tmp_path / "checkpoint", target, config, **checkpoint)
-    facts = main(ExportSpec(target=target, checkpoint=made, num_steps=config.num_steps), tmp_path / "draft")
-    assert facts.formats == ("sglang", "speculators")
+    main(ExportSpec(target=target, checkpoint=made, num_steps=config.num_steps), tmp_path / "draft")
     return tmp_path / "draft"
 
 

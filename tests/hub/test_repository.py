@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from specforge_core.benchmark.report import Lineage, make_report
-from specforge_core.hub.repository import publish_directory, repository_files
+from specforge_core.hub.repository import draft_license, publish_directory, repository_files
 from specforge_core.manifest_sections import TargetConfig
 from specforge_core.stages import ResolvedTarget
 from tests import made_build
@@ -167,13 +167,18 @@ def test_the_repository_of_a_build(tmp_path: Path) -> None:
     report = make_report(entry, target, artifacts, failures=())
     published = publish_directory(tmp_path / "published", "demo", repository_files(report, artifacts, target))
     assert sorted(content(published.path)) == [
+        "LICENSE",
         "README.md",
         "base_model/LICENSE",
         "benchmark_result.json",
         "config.json",
         "lineage.json",
         "model.safetensors",
+        "plots/acceptance.png",
+        "plots/speedup.png",
     ]
+    # The entry's licence is llama3.1, whose text comes with the target.
+    assert (published.path / "LICENSE").read_text() == "terms of the target"
     assert (published.path / "base_model/LICENSE").read_text() == "terms of the target"
     assert "base_model/LICENSE" in (published.path / "README.md").read_text()
     measured = json.loads((published.path / "benchmark_result.json").read_text())["measurements"]
@@ -190,3 +195,17 @@ def test_the_repository_of_a_build(tmp_path: Path) -> None:
 
     again = publish_directory(tmp_path / "published", "demo", repository_files(report, artifacts, target))
     assert not again.changed
+
+
+def test_the_licence_is_the_one_that_the_entry_names(tmp_path: Path) -> None:
+    terms = tmp_path / "LICENSE.txt"
+    terms.write_text("terms of the target")
+    notice = tmp_path / "NOTICE"
+    notice.write_text("a notice")
+    free = draft_license("apache-2.0", [terms])
+    assert free is not None
+    assert b"Apache License" in free
+    assert draft_license("llama3.1", [notice, terms]) == b"terms of the target"
+    # A notice is no licence, and a name is no path.
+    assert draft_license("llama3.1", [notice]) is None
+    assert draft_license("../licenses/apache-2.0", []) is None
