@@ -164,6 +164,7 @@ def report_markdown(report: EntryReport, *, plots: Sequence[str] = ()) -> str:
         "## Results",
         markdown_table(result_rows(result)),
         result_legend(result),
+        *_images(plots, "speedup"),
         *_load_sections(result, plots),
         "## Serve it",
         *_launch_sections(report),
