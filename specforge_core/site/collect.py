@@ -4,12 +4,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from statistics import geometric_mean
 from typing import NamedTuple
 
 from specforge_core.artifacts import METRICS_NAME
 from specforge_core.benchmark.headline import Headline, headline
 from specforge_core.benchmark.history import History, load_history
+from specforge_core.benchmark.interval import Interval, product_interval
 from specforge_core.benchmark.report import EntryReport
 from specforge_core.facts import Published, Rejected
 from specforge_core.ledger import EntryRecord, load_entry_record
@@ -74,14 +74,14 @@ class EntryView(NamedTuple):
         return headline(self.last.benchmark) if self.last else None
 
     @property
-    def speedup_interval(self) -> tuple[float, float] | None:
-        """Geometric means of the suites' interval ends: as if all suites erred the same way, so wider than 95 %."""
+    def speedup_interval(self) -> Interval | None:
+        """The headline's speedup with its 95 % interval, the suites taken for measured apart from each other."""
         if self.last is None or not self.last.benchmark.measurements:
             return None
-        first = [
-            m for m in self.last.benchmark.measurements if m.serving == self.last.benchmark.measurements[0].serving
-        ]
-        return geometric_mean(m.speedup_low for m in first), geometric_mean(m.speedup_high for m in first)
+        first = self.last.benchmark.measurements[0].serving
+        suites = [m for m in self.last.benchmark.measurements if m.serving == first]
+        intervals = [Interval(m.speedup, m.speedup_low, m.speedup_high) for m in suites]
+        return product_interval(intervals, power=1 / len(intervals))
 
     @property
     def num_identical(self) -> tuple[int, int] | None:

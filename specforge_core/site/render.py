@@ -19,7 +19,13 @@ from specforge_core.artifacts import write_atomically
 from specforge_core.benchmark.headline import headline
 from specforge_core.benchmark.report import making_rows
 from specforge_core.benchmark.sweep import LAUNCH_NOTE, best_per_load, launch_lines
-from specforge_core.benchmark.tables import measured_on, result_legend, server_rows, switch_off_advice
+from specforge_core.benchmark.tables import (
+    comparison_rows,
+    measured_on,
+    result_legend,
+    server_rows,
+    switch_off_advice,
+)
 from specforge_core.facts import BenchmarkResult, Published
 from specforge_core.hub.card import method_name
 from specforge_core.manifest import ManifestEntry
@@ -106,6 +112,7 @@ def _entry(view: EntryView, anchors: tuple[Anchor, ...]) -> dict[str, Any]:
     return values | {
         "result": result,
         "beside": {m: comparable(public, report.lineage.entry.target.model, m) for m in result.measurements},
+        "comparison": comparison_rows(report.comparison) if report.comparison else [],
         "legend": result_legend(result),
         "measured_on": measured_on(result),
         "servers": server_rows(result),

@@ -35,8 +35,8 @@ class Picture(NamedTuple):
 
 PICTURES = (
     Picture("site-overview", "index.html", "light", WIDTH, 1000),
-    Picture("site-entry", "entries/demo.html", "dark", WIDTH, 1000),
-    Picture("site-training", "entries/demo.html", "light", WIDTH, 1010, "#training"),
+    Picture("site-entry", "entries/demo.html", "dark", WIDTH, 1130),
+    Picture("site-training", "entries/demo.html", "light", WIDTH, 1110, "#training"),
 )
 
 

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from specforge_core.benchmark.compare import Change, Comparison
+from specforge_core.benchmark.history import record_report
 from specforge_core.facts import Published
 from specforge_core.ledger import EntryRecord
+from specforge_core.manifest_sections import ServingConfig
 from specforge_core.site.collect import Champion, collect
 from specforge_core.site.render import repository_url, web_url, write_site
 from tests.site import made_store
@@ -57,9 +60,9 @@ def test_the_site_is_whole_and_small(made: MadeSite) -> None:
 
 def test_the_overview_lists_every_entry_with_its_figures(made: MadeSite) -> None:
     text = words(made, "index.html")
-    # The root of 3.6, from 1.6 and 1.8 to 2.0 and 2.2.
-    assert "demo made-up/Small-Target published 3.00 1.90× 1.70 to 2.10 v3 2026-11-01" in text
-    assert "big made-up/Big-Target never built – – – – 1 GPU wanted" in text
+    # The root of 3.6, and its interval as in test_collect.
+    assert "demo made-up/Small-Target published 3.00 1.90× 1.75 to 2.04 v3 2026-11-01" in text
+    assert "big made-up/Big-Target never built ≥ 2.50 ≥ 1.50× – – 1 GPU wanted" in text
     # Of the two published: the fourth root of 3.6 times 4.8.
     assert "2.04× the speed, the same text" in text
     assert "published 2 of 4" in text
@@ -88,6 +91,20 @@ def test_a_rejected_draft_says_which_gate_failed_and_how_to_serve_it_is_not_said
     text = words(made, "entries/worse.html")
     assert "min_speedup gsm8k 1.1 1.5 1.1 is below 1.5 <script>document.title = 'taken over'</script>" in text
     assert "Serve it" not in text
+
+
+def test_a_draft_stands_beside_the_champion_of_its_time(tmp_path: Path) -> None:
+    demo = made_store.entries()[0]
+    change = Change(
+        metric="speedup", suite="gsm8k", serving=ServingConfig(), champion=2.0, measured=1.5, low=0.7, high=0.8
+    )
+    comparison = Comparison(version=7, changes=(change,), not_compared=("math500 is new.",))
+    report = made_store.report(tmp_path / "made", demo, made_store.suites(1.5))
+    record_report(tmp_path, report.model_copy(update={"comparison": comparison}))
+    text = Page((write_site(tmp_path, [demo]).parent / "entries" / "demo.html").read_text()).text
+    assert "Against version 7, the champion of that time" in text
+    assert "gsm8k 3-1-4 1 speedup 2.00 1.50 -25.0%" in re.sub(r"\s+", " ", text)
+    assert "Not compared: math500 is new." in text
 
 
 def test_an_entry_that_was_never_built_says_how_to_build_it(made: MadeSite) -> None:
@@ -161,9 +178,7 @@ def test_a_store_without_results_has_a_site_as_well(tmp_path: Path) -> None:
 def test_a_claim_of_equal_text_needs_equal_text(tmp_path: Path, made: MadeSite) -> None:
     demo = made_store.entries()[0]
     different = {"num_identical": 9, "num_near_tie": 0, "num_different": 1}
-    made_store.record_report(
-        tmp_path, made_store.report(tmp_path / "made", demo, made_store.suites(1.5, lossless=different))
-    )
+    record_report(tmp_path, made_store.report(tmp_path / "made", demo, made_store.suites(1.5, lossless=different)))
     assert "the same text" not in write_site(tmp_path, [demo]).read_text()
 
 
