@@ -109,9 +109,10 @@ def test_a_sweep_ends_with_where_to_switch_off() -> None:
 def test_a_served_build_shows_its_load_its_plots_and_its_servers(tmp_path: Path) -> None:
     written = report(tmp_path / "store", benchmark=served_result(measurement()))
     files = write_report(tmp_path / "reports", written)
-    assert [file.name for file in files][2:] == ["demo-acceptance.svg", "demo-throughput.svg"]
+    assert [file.name for file in files][2:] == ["demo-speedup.svg", "demo-acceptance.svg", "demo-throughput.svg"]
     text = files[0].read_text()
     for part in (
+        "![speedup](demo-speedup.svg)",
         "![acceptance](demo-acceptance.svg)",
         "![throughput](demo-throughput.svg)",
         "Switch speculation off from 16 requests at once",
@@ -193,9 +194,10 @@ def test_a_rejected_draft_says_so_and_why(tmp_path: Path) -> None:
 def test_the_json_twin_reads_back_whole(tmp_path: Path) -> None:
     written = report(tmp_path / "store", FAILURE)
     files = write_report(tmp_path / "reports", written)
-    assert [file.name for file in files] == ["demo.md", "demo.json", "demo-acceptance.svg"]
+    plots = ["demo-speedup.svg", "demo-acceptance.svg"]
+    assert [file.name for file in files] == ["demo.md", "demo.json", *plots]
     assert set(files) == set((tmp_path / "reports").iterdir())
-    assert files[0].read_text() == report_markdown(written, plots=["demo-acceptance.svg"])
+    assert files[0].read_text() == report_markdown(written, plots=plots)
     assert load_report(tmp_path / "reports/demo.json") == written
     (tmp_path / "reports/demo.json").write_text("{}")
     with pytest.raises(ValidationError):
