@@ -1,4 +1,4 @@
-"""`specbundle build|plan|list|show|report|pin|up`: the factory from a shell.
+"""`specbundle build|plan|list|show|report|rollback|pin|up`: the factory from a shell.
 
 Thin: it reads records, and what it runs is in `flows`. It is the one module here that imports from there, and only once
 such a command is given, because Prefect and MLflow take seconds to load. So it alone also sets the environment.
@@ -103,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     report_parser = add("report", report, "Print what the last builds measured, and write the site of all results.")
     report_parser.add_argument("entries", nargs="*", metavar="ENTRY", help="default: every entry that was built")
     report_parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the site; default: site in the store")
+    rollback_parser = add("rollback", rollback, "Publish an older draft of an entry again, in place of its champion.")
+    rollback_parser.add_argument("entry", metavar="ENTRY")
+    rollback_parser.add_argument(
+        "--to", type=int, metavar="VERSION", help="in the registry; default: the champion before this one"
+    )
     add("pin", pin, "Replace each branch of a Hub repository in the manifest by its commit.")
     up_parser = add("up", up, "Start server, work pool, deployment, MLflow page and worker, until Ctrl-C.")
     up_parser.add_argument("--prefect-port", type=int, default=4200)
@@ -338,6 +343,24 @@ def report(args: argparse.Namespace) -> int:
 
     index = write_site(store, Manifest.load(args.manifest).entries, out=args.out)
     _print(f"site: {index.as_uri()}")
+    return 0
+
+
+def rollback(args: argparse.Namespace) -> int:
+    """Go back, and print from which version to which."""
+    manifest = Manifest.load(args.manifest)
+    (entry,) = named_entries(manifest, [args.entry])
+    from tasks.rollback import roll_back
+    from tasks.site import update_site
+
+    store = _store(args).root
+    (left, to, undone), published = roll_back(entry, args.to, base_dir=manifest.base_dir, store=store)
+    update_site(store, manifest.entries)
+    _print(
+        f"{entry.name}: version {left.number} is replaced by version {to.number}, at {published.url or published.path}"
+    )
+    for version in undone:
+        _print(f"no build publishes version {version.number} again; to take it back: --to {version.number}")
     return 0
 
 

@@ -28,7 +28,7 @@ def check_gates(
         _baseline(gates, result, standing),
         _relative(gates, standing),
         _speedup_is_possible(result),
-        _not_rolled_back(standing),
+        [] if standing.rolled_back is None else [rolled_back(standing.rolled_back)],
     )
     return tuple(failure for failures in checks for failure in failures)
 
@@ -227,15 +227,13 @@ def _improvement(gates: GatesConfig, comparison: Comparison) -> list[GateFailure
     return [] if passes else [failure]
 
 
-def _not_rolled_back(standing: Standing) -> list[GateFailure]:
-    version = standing.rolled_back
-    if version is None:
-        return []
+def rolled_back(version: int) -> GateFailure:
+    """Why a draft is not published that an entry was rolled back from."""
     message = (
         f"this draft is version {version}, from which the entry was rolled back; change what it is made of, or take it "
         f"back with `specbundle rollback ENTRY --to {version}`"
     )
-    return [GateFailure(gate="rolled_back", suite=None, measured=None, required=0, message=message)]
+    return GateFailure(gate="rolled_back", suite=None, measured=None, required=0, message=message)
 
 
 def _speedup_is_possible(result: BenchmarkResult) -> list[GateFailure]:

@@ -43,7 +43,7 @@ def publish(build: EntryBuild, artifacts: BuildArtifacts) -> Published | Withhel
     root = build.store / (DRY_RUN if build.dry_run else entry.publish.directory)
     report = make_report(entry, target, artifacts, failures=())
     published = publish_directory(root, entry.name, repository_files(report, artifacts, target))
-    folders, notes = [published.path], [_note(report)]
+    folders, notes = [published.path], [collection_note(report)]
     if entry.publish.dataset:
         files = dataset_files(entry, build.recipe.data, target, artifacts.conversations)
         folders.insert(0, publish_directory(root / DATASETS, entry.name, files).path)
@@ -109,7 +109,8 @@ def _token_of_block() -> str | None:
     return str(block.get())
 
 
-def _note(report: EntryReport) -> str:
+def collection_note(report: EntryReport) -> str:
+    """What a collection says of a draft."""
     benchmark, means = report.benchmark, headline(report.benchmark)
     assert means is not None
     first, made_on = benchmark.measurements[0].serving, benchmark.environment

@@ -12,8 +12,10 @@ measured it last holds the whole report. A version is
 The alias moves last, so a kill before leaves the old champion, and doing the same again completes what is missing.
 """
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -29,7 +31,15 @@ from specforge_core.benchmark.compare import Measured, Standing, baseline_speeds
 from specforge_core.benchmark.report import EntryReport, load_report
 from specforge_core.facts import BenchmarkResult, Published, Record, ServingDraft
 from tasks.stage import EntryBuild, run_logger
-from tasks.tracking import SHOWN_TAG, mlflow_client, never_fails, result_metrics, tracking_uri, tracking_works
+from tasks.tracking import (
+    SHOWN_TAG,
+    mlflow_client,
+    never_fails,
+    result_metrics,
+    tracking_uri,
+    tracking_works,
+    without_passwords,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +51,7 @@ DRAFT_TAG, SETTING_TAG = "export.content_id", "setting"
 BASELINE_PREFIX = "baseline/"
 MAX_MODELS = 1000
 """MLflow's limit of one request."""
+MAX_REASON_CHARACTERS = 160
 DESCRIPTION = "Drafts of one entry; `champion` is what users get. A version's run has its report."
 
 
@@ -107,17 +118,30 @@ def report_of(version: DraftVersion, *, store: Path) -> EntryReport:
         return load_report(Path(path))
 
 
+@contextlib.contextmanager
+def must_answer(store: Path) -> Iterator[None]:
+    """Around what has no use without a registry: one that cannot be asked becomes a ConnectionError that says so."""
+    try:
+        yield
+    except MlflowException as error:
+        raise ConnectionError(_unanswered(store, error)) from None
+
+
+def _unanswered(store: Path, error: Exception) -> str:
+    reason = textwrap.shorten(without_passwords(str(error)), MAX_REASON_CHARACTERS, placeholder="...")
+    return f"the registry at {without_passwords(tracking_uri(store))} cannot be asked ({reason})"
+
+
 def standing(build: EntryBuild, draft: Artifact[ServingDraft], benchmark: Artifact[BenchmarkResult]) -> Standing:
     """What a new draft is held against. A registry that cannot be asked is part of the answer."""
-    uri = tracking_uri(build.store)
     try:
         found = _standing(build, draft.content_id, benchmark.facts)
     except (MlflowException, OSError, ValueError) as error:
-        reason = f"the registry at {uri} cannot be asked ({str(error).splitlines()[0]})"
+        reason = _unanswered(build.store, error)
         run_logger().warning("%s", reason)
         return Standing(unknown=reason)
     # It answers, so what follows is tracked again, whatever failed on the way.
-    tracking_works(uri)
+    tracking_works(tracking_uri(build.store))
     return found
 
 
@@ -226,11 +250,13 @@ class Rollback(NamedTuple):
 def plan_rollback(entry: str, number: int | None, *, store: Path) -> Rollback:
     """What a rollback means now: to that version, else to the one that was champion before.
 
-    Raises: ValueError if there is none; ConnectionError if the registry cannot be asked.
+    Raises: ValueError if there is none; MlflowException if the registry cannot be asked.
     """
-    versions, champion = _ask(entry, store=store)
+    versions, champion = registered(entry, store=store)
     if champion is None:
-        raise ValueError(f"{entry} has no champion in {tracking_uri(store)}, so there is nothing to go back from")
+        raise ValueError(
+            f"{entry} has no champion in {without_passwords(tracking_uri(store))}, so there is nothing to go back from"
+        )
     promoted = {version.number: version for version in versions if version.promoted_at}
     if number is None:
         older = [one for one in promoted.values() if one.status == "published" and _is_after(champion, one)]
@@ -269,13 +295,6 @@ def _ensure_model(client: MlflowClient, name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-
-
-def _ask(entry: str, *, store: Path) -> Registered:
-    try:
-        return registered(entry, store=store)
-    except MlflowException as error:
-        raise ConnectionError(f"the registry at {tracking_uri(store)} cannot be asked: {error}") from error
 
 
 def _promoted_at(version: DraftVersion) -> datetime:

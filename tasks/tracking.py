@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -77,7 +78,16 @@ def never_fails(uri: str) -> Iterator[None]:
     except Exception as error:
         if uri not in _failed_uris:
             _failed_uris.add(uri)
-            logger.warning("tracking at %s fails, and the build goes on without it: %s", uri, error)
+            logger.warning(
+                "tracking at %s fails, and the build goes on without it: %s",
+                without_passwords(uri),
+                without_passwords(str(error)),
+            )
+
+
+def without_passwords(text: str) -> str:
+    """A text without the user and password that a URL in it may have."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
 
 
 def tracking_works(uri: str) -> None:
@@ -210,7 +220,7 @@ def comparison_url(store: Path, *, port: int = PORT) -> str | None:
             experiment = mlflow_client(uri).get_experiment_by_name(ENTRIES)
     if experiment is None:
         return None
-    base = uri if uri.startswith("http") else f"http://{HOST}:{port}"
+    base = without_passwords(uri) if uri.startswith("http") else f"http://{HOST}:{port}"
     return f"{base.rstrip('/')}/#/experiments/{experiment.experiment_id}/runs?{urlencode(COMPARISON)}"
 
 

@@ -111,18 +111,9 @@ def _no_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "_failed_uris", set())
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a database, whose making takes a second."""
-    store = tmp_path_factory.mktemp("empty")
-    tracking.mlflow_client(tracking.tracking_uri(store)).search_experiments()
-    return store
-
-
 @pytest.fixture
-def factory(empty_store: Path, tmp_path: Path) -> Factory:
-    (tmp_path / "mlflow.db").write_bytes((empty_store / "mlflow.db").read_bytes())
-    return Factory(tmp_path)
+def factory(tracked_store: Path) -> Factory:
+    return Factory(tracked_store)
 
 
 def test_a_draft_is_a_candidate_until_it_is_published_and_then_the_champion(factory: Factory) -> None:
@@ -326,8 +317,27 @@ def test_a_registry_out_of_reach_is_said_and_loses_no_build(
         promote(build, version, published("d1"))
     assert "demo is published, but no registry knows of it" in caplog.text
     assert champions(factory.store) == {}
-    with pytest.raises(ConnectionError, match=r"the registry at http://127.0.0.1:9 cannot be asked"):
+    with (
+        pytest.raises(ConnectionError, match=r"the registry at http://127.0.0.1:9 cannot be asked"),
+        registry.must_answer(factory.store),
+    ):
         plan_rollback("demo", None, store=factory.store)
+
+
+def test_the_password_of_a_registry_is_in_no_message(
+    factory: Factory,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somebody:hunter2@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    unknown = factory.standing("d1").unknown
+    assert unknown is not None
+    assert "the registry at http://127.0.0.1:9 cannot be asked" in unknown
+    factory.build()
+    champions(factory.store)
+    assert "hunter2" not in unknown + caplog.text + "".join(capfd.readouterr())
 
 
 def test_a_champion_whose_report_is_gone_is_unknown(factory: Factory) -> None:
