@@ -17,8 +17,13 @@ def build_draft(build: EntryBuild) -> Published | Rejected | Withheld:
     checkpoint = stages.train(build, hidden_states, vocabulary, conversations)
     draft = stages.export(build, checkpoint)
     benchmark = stages.benchmark(build, draft, conversations)
-    artifacts = BuildArtifacts(conversations, vocabulary, hidden_states, checkpoint, draft, benchmark)
-    standing = stages.standing(build, draft, benchmark)
+    return settle(build, BuildArtifacts(conversations, vocabulary, hidden_states, checkpoint, draft, benchmark))
+
+
+def settle(build: EntryBuild, artifacts: BuildArtifacts) -> Published | Rejected | Withheld:
+    """What becomes of a draft that was measured: its gates, its report, its place in the registry, its publication."""
+    vocabulary, benchmark = artifacts.vocabulary, artifacts.benchmark
+    standing = stages.standing(build, artifacts.draft, benchmark)
     failures = stages.check_gates(build.recipe.entry.gates, vocabulary.facts, benchmark.facts, standing)
     report = stages.report(build, artifacts, failures, standing)
     version = stages.register(build, report)

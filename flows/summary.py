@@ -57,6 +57,11 @@ class BuildSummary(Record):
     """First page of the site of results; None if it was not written."""
 
     @property
+    def is_failure(self) -> bool:
+        """Whether one of its entries did not pass."""
+        return any(row.is_failure for row in self.rows)
+
+    @property
     def message(self) -> str:
         """One sentence for the run's final state."""
         failures = [row.entry for row in self.rows if row.is_failure]

@@ -10,6 +10,7 @@ from specforge_core.artifacts import Artifact, BuildArtifacts
 from specforge_core.benchmark.report import EntryReport
 from specforge_core.facts import Conversations
 from specforge_core.hub.restore import DRAFT_FILES, recorded_artifacts, restore_draft
+from specforge_core.ledger import record_stage
 from tasks.publish import open_hub
 from tasks.registry import DraftVersion
 from tasks.stage import EntryBuild, find_artifact, run_logger
@@ -24,6 +25,9 @@ def champion(build: EntryBuild, version: DraftVersion, report: EntryReport) -> B
     entry, recorded = build.recipe.entry, recorded_artifacts(report, build.store)
     folder = _download(version) if version.repository else build.store / entry.publish.directory / entry.name
     draft = restore_draft(folder, recorded.draft, build.store)
+    for artifact in recorded[:-1]:
+        # What the entry rests on from now: its reports speak of these, whatever was built and rejected since.
+        record_stage(build.store, entry.name, stage=artifact.stage, key=artifact.key)
     run_logger().info("version %d of %s is whole in %s", version.number, entry.name, folder)
     return recorded._replace(draft=draft, conversations=_conversations(build, recorded.conversations))
 

@@ -13,8 +13,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.states import State
 
-from flows import draft
-from flows import specbundle as flow_module
+from flows import draft, entries
 from flows.specbundle import specbundle
 from flows.summary import BuildSummary
 from specforge_core.artifacts import BuildArtifacts
@@ -170,7 +169,7 @@ def test_an_entry_that_needs_sglang_fails_before_its_first_stage_where_there_is_
     tmp_path: Path, artifacts: BuildArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPECBUNDLE_SGLANG_PYTHON", str(tmp_path / "no-python"))
-    monkeypatch.setattr(flow_module, "list_gpus", lambda visible: (Gpu("0", "Made-up GPU"),))
+    monkeypatch.setattr(entries, "list_gpus", lambda visible: (Gpu("0", "Made-up GPU"),))
     stages = StagesByEntry(artifacts, served={}, tiny={})
     monkeypatch.setattr(draft, "stages", stages)
     state = run_build(tmp_path, served_entry("served"), tiny_entry())
