@@ -100,7 +100,8 @@ def upload_folder(hub: Hub, folder: Path, repository: Repository) -> Uploaded:
     Nothing is sent if it does already. It is made if it is missing.
 
     Raises: ValueError if the Hub refuses, or a repository that should be private is public; ConnectionError if the Hub
-    stays out of reach, RuntimeError if it keeps other bytes than it was sent. In each case the head of `main` is whole.
+    stays out of reach; RuntimeError if it gives back other bytes than it was sent, after the last complete state was
+    put back at the head of `main`.
     """
     files = _local_files(folder)
     first = hub.call(f"reading {repository.title}", lambda: _plan(hub, files, repository))
@@ -130,8 +131,10 @@ def upload_folder(hub: Hub, folder: Path, repository: Repository) -> Uploaded:
 
 
 def set_tag(hub: Hub, repository: Repository, tag: str, revision: str) -> None:
-    """Have the tag at this commit. One that is elsewhere moves, which the Hub does in two steps: a reader may find none
-    for a moment."""
+    """Have the tag at this commit. One that is elsewhere moves there.
+
+    The Hub does that in two steps, so for a moment a reader may find none.
+    """
 
     def move() -> None:
         there = _tags(hub, repository).get(tag)
@@ -277,7 +280,10 @@ def _read(hub: Hub, repository: Repository, revision: str, path: str) -> Iterato
 
 
 def _put_back(hub: Hub, repository: Repository, wrong: str) -> None:
-    """Make the head what the last complete commit is, or empty without one, unless it has moved on from `wrong`."""
+    """Make the head what the last complete commit is, or empty without one, unless it has moved on from `wrong`.
+
+    Raises: RuntimeError if that cannot be read either; then nothing changes.
+    """
     name, kind = repository.name, repository.kind
 
     def old_file(revision: str, file: RepoFile) -> CommitOperationCopy | CommitOperationAdd:
