@@ -17,6 +17,7 @@ from specforge_core.data.conversations import load_conversations
 from specforge_core.demo.inflate import DEMO_TARGET
 from specforge_core.export.run import load_target_config
 from specforge_core.export.verify import check_serving_folder
+from specforge_core.export.verify_speculators import SPECULATORS_FOLDER, check_speculators_folder
 from specforge_core.facts import BenchmarkResult, Record
 from specforge_core.hub.repository import publish_directory, repository_files
 from specforge_core.manifest import ManifestEntry
@@ -187,6 +188,7 @@ def test_the_result_can_be_judged_reported_and_published(
     assert "3-1-4" in report_markdown(report)
     published = publish_directory(tmp_path, "served", repository_files(report, artifacts, recipe.target))
     check_serving_folder(published.path, load_target_config(recipe.target))
+    check_speculators_folder(published.path / SPECULATORS_FOLDER, load_target_config(recipe.target))
 
 
 def run_again(spec: StageSpec, recipe: Recipe, store: Path) -> Artifact[Record]:
