@@ -56,9 +56,9 @@ def speedup_by_entry(views: Iterable[EntryView]) -> Spec:
             "of": "suite",
         }
         for view in views
-        if view.last
-        for m in view.last.benchmark.measurements
-        if m.serving == view.last.benchmark.measurements[0].serving
+        if view.report
+        for m in view.report.benchmark.measurements
+        if m.serving == view.report.benchmark.measurements[0].serving
     ]
     rows += [
         {

@@ -51,11 +51,11 @@ class EntryView(NamedTuple):
     entry: ManifestEntry
     """As the manifest has it, else as it was last built."""
     status: str
-    """A key of STATUSES."""
+    """A key of STATUSES: what became of the last build."""
     record: EntryRecord
     history: History
     curves: tuple[Curve, ...]
-    """Of the last build's training; empty where its metrics are not in this store."""
+    """Of the training of what is shown; empty where its metrics are not in this store."""
     champion: Champion | None
 
     @property
@@ -64,29 +64,39 @@ class EntryView(NamedTuple):
         return self.history.reports[-1].report if self.history.reports else None
 
     @property
+    def report(self) -> EntryReport | None:
+        """The one whose figures are shown: the newest of the champion, which users get; else the last."""
+        return _shown(self.history, self.champion)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether users can get a draft of this entry, whatever became of the last build."""
+        return self.champion is not None or self.status == "published"
+
+    @property
     def measured_at(self) -> datetime | None:
-        """When the newest report's draft was measured."""
-        return self.last.lineage.stages["benchmark"].created_at if self.last else None
+        """When what is shown was measured."""
+        return self.report.lineage.stages["benchmark"].created_at if self.report else None
 
     @property
     def means(self) -> Headline | None:
-        """The newest report's headline."""
-        return headline(self.last.benchmark) if self.last else None
+        """The headline of what is shown."""
+        return headline(self.report.benchmark) if self.report else None
 
     @property
     def speedup_interval(self) -> Interval | None:
         """The headline's speedup with its 95 % interval, the suites taken for measured apart from each other."""
-        if self.last is None or not self.last.benchmark.measurements:
+        measurements = self.report.benchmark.measurements if self.report else ()
+        suites = [m for m in measurements if m.serving == measurements[0].serving]
+        if not suites:
             return None
-        first = self.last.benchmark.measurements[0].serving
-        suites = [m for m in self.last.benchmark.measurements if m.serving == first]
         intervals = [Interval(m.speedup, m.speedup_low, m.speedup_high) for m in suites]
         return product_interval(intervals, power=1 / len(intervals))
 
     @property
     def num_identical(self) -> tuple[int, int] | None:
         """Outputs equal to the target's own or apart at a near-tie, and all that were compared; None if sampled."""
-        checks = [m.lossless for m in self.last.benchmark.measurements if m.lossless] if self.last else []
+        checks = [m.lossless for m in self.report.benchmark.measurements if m.lossless] if self.report else []
         if not checks:
             return None
         equal = sum(check.num_identical + check.num_near_tie for check in checks)
@@ -107,8 +117,18 @@ def _view(store: Path, name: str, entry: ManifestEntry | None, champion: Champio
     entry = entry or (last.lineage.entry if last else None)
     if entry is None:
         return None
-    curves = tuple(_curves(store / "train" / last.lineage.stages["train"].key / METRICS_NAME)) if last else ()
+    shown = _shown(history, champion)
+    curves = tuple(_curves(store / "train" / shown.lineage.stages["train"].key / METRICS_NAME)) if shown else ()
     return EntryView(name, entry, _status(record, last), record, history, curves, champion)
+
+
+def _shown(history: History, champion: Champion | None) -> EntryReport | None:
+    reports = [recorded.report for recorded in history.reports]
+    made_champion = [
+        report for report in reports if champion and report.lineage.stages["export"].content_id == champion.draft
+    ]
+    shown = made_champion or reports
+    return shown[-1] if shown else None
 
 
 def _status(record: EntryRecord, last: EntryReport | None) -> str:

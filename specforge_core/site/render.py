@@ -84,26 +84,28 @@ def write_site(
 
 def _overview(views: Sequence[EntryView]) -> dict[str, Any]:
     measured = [view for view in views if view.means]
-    published = [view for view in measured if view.status == "published"]
+    # The champion may be another store's, and what is shown a draft that was rejected since.
+    published = [view for view in measured if view.is_published and view.report and not view.report.failures]
     means = [view.means for view in published or measured if view.means]
     return {
         "views": views,
-        "num_published": len(published),
+        "num_published": sum(view.is_published for view in views),
         "num_means": len(means),
+        "are_published": bool(published),
         "acceptance_length": fmean(mean.acceptance_length for mean in means) if means else None,
         "is_lossless": all(view.num_identical and len(set(view.num_identical)) == 1 for view in published or measured),
         "speedup": geometric_mean(mean.speedup for mean in means) if means else None,
         "chart": charts.speedup_by_entry(measured) if measured else None,
         "last_measured": max((view.measured_at for view in measured if view.measured_at), default=None),
-        "hardware": sorted({hardware_of(view.last.benchmark) for view in measured if view.last}),
+        "hardware": sorted({hardware_of(view.report.benchmark) for view in measured if view.report}),
     }
 
 
 def _entry(view: EntryView, anchors: tuple[Anchor, ...]) -> dict[str, Any]:
     public = tuple(anchor for anchor in anchors if anchor.target == view.entry.target.model)
-    values: dict[str, Any] = {"view": view, "last": view.last, "anchors": public}
-    report = view.last
-    if report is None:
+    values: dict[str, Any] = {"view": view, "report": view.report, "last": view.last, "anchors": public}
+    report, last = view.report, view.last
+    if report is None or last is None:
         return values
     result, gates = report.benchmark, report.lineage.entry.gates
     builds = view.history.reports
@@ -112,7 +114,7 @@ def _entry(view: EntryView, anchors: tuple[Anchor, ...]) -> dict[str, Any]:
     return values | {
         "result": result,
         "beside": {m: comparable(public, report.lineage.entry.target.model, m) for m in result.measurements},
-        "comparison": comparison_rows(report.comparison) if report.comparison else [],
+        "comparison": comparison_rows(last.comparison) if last.comparison else [],
         "legend": result_legend(result),
         "measured_on": measured_on(result),
         "servers": server_rows(result),

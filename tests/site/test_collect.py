@@ -49,6 +49,20 @@ def test_the_figures_are_those_of_the_newest_build(made: MadeSite) -> None:
     assert view.champion == ("v3", "draft-2", None, None)
 
 
+def test_the_champions_figures_are_shown_whatever_was_built_since(made: MadeSite) -> None:
+    # The first of demo's three builds, at 1.6 and 1.8.
+    (view, *_) = collect(made.store, made.entries, {"demo": Champion("v1", "draft-0")})
+    assert view.means is not None
+    assert view.means.speedup == pytest.approx(2.88**0.5)
+    assert view.report is view.history.reports[0].report
+    assert view.last is view.history.reports[2].report
+
+    # One that was rejected, of which users have an older version, which this store never saw.
+    (_, _, worse, _) = collect(made.store, made.entries, {"worse": Champion("v9", "draft-of-another-store")})
+    assert worse.report is worse.last
+    assert (worse.status, worse.is_published) == ("rejected", True)
+
+
 def test_a_speedup_is_summed_up_at_the_first_serving_configuration_alone(made: MadeSite) -> None:
     view = view_of(made, "llama")
     # 2.0 and 2.4 at 3-1-4; the figures at 7-1-8 do not count.

@@ -102,7 +102,7 @@ def test_a_draft_stands_beside_the_champion_of_its_time(tmp_path: Path) -> None:
     report = made_store.report(tmp_path / "made", demo, made_store.suites(1.5))
     record_report(tmp_path, report.model_copy(update={"comparison": comparison}))
     text = Page((write_site(tmp_path, [demo]).parent / "entries" / "demo.html").read_text()).text
-    assert "Against version 7, the champion of that time" in text
+    assert "The last build against version 7" in text
     assert "gsm8k 3-1-4 1 speedup 2.00 1.50 -25.0%" in re.sub(r"\s+", " ", text)
     assert "Not compared: math500 is new." in text
 
