@@ -85,8 +85,7 @@ def model_card(report: EntryReport, files: Collection[str], *, target_path: str 
         speculators_folder=SPECULATORS_FOLDER,
         has_speculators=f"{SPECULATORS_FOLDER}/config.json" in files,
         plots={name.split("/")[1].split(".")[0]: name for name in files if name.startswith(f"{PLOTS_FOLDER}/")},
-        is_procedural=any(suite.source.dataset == BUILTIN_DEMO for suite in entry.benchmark.suites),
-        has_ngram=any(one.ngram_acceptance_length for one in benchmark.measurements),
+        caveats=caveats(report),
         has_trees=any(serving.topk > 1 for serving in servings),
         data=markdown_table(data_rows(report)),
         making=markdown_table(making_rows(report)),
@@ -156,6 +155,21 @@ def method_name(entry: ManifestEntry) -> str:
 def unsure_suites(result: BenchmarkResult) -> list[str]:
     """The suites on which a gain is not shown: the interval of a speedup there reaches down to 1."""
     return list(dict.fromkeys(one.suite for one in result.measurements if one.speedup_low <= 1))
+
+
+def caveats(report: EntryReport) -> list[str]:
+    """What keeps the figures from being those of someone's own server."""
+    entry, benchmark = report.lineage.entry, report.benchmark
+    found = []
+    if benchmark.engine != "sglang":
+        found.append("The engine is SpecBundle's own decoder on `transformers`; a server's rates differ.")
+    if not benchmark.environment.gpu:
+        found.append("There was no GPU: these speedups say nothing about one.")
+    if any(suite.source.dataset == BUILTIN_DEMO for suite in entry.benchmark.suites):
+        has_ngram = any(one.ngram_acceptance_length for one in benchmark.measurements)
+        extent = "; the n-gram figures show by how much" if has_ngram else ""
+        found.append(f"The suites are text that a program wrote, far more predictable than people's{extent}.")
+    return found
 
 
 def data_rows(report: EntryReport) -> list[dict[str, str]]:

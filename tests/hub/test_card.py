@@ -188,6 +188,14 @@ def test_figures_of_text_that_a_program_wrote_say_so(tmp_path: Path) -> None:
     assert note not in model_card(real, FILES)
 
 
+def test_a_card_without_a_caveat_has_no_gap_in_its_place(tmp_path: Path) -> None:
+    suites = (SuiteConfig(name="math", source=PromptSource(dataset="org/questions", revision=REVISION)),)
+    made = report(tmp_path, served_result(measurement()), benchmark=BenchmarkConfig(suites=suites))
+    text = model_card(made, FILES)
+    assert "The target computed in bfloat16.\n\n### At which load" in text
+    assert "\n\n\n" not in text
+
+
 def test_data_sets_of_the_hub_are_linked(tmp_path: Path) -> None:
     sources = (PromptSource(dataset="org/chats", revision=REVISION, limit=1000), PromptSource(dataset="mine/a.jsonl"))
     publish = PublishConfig(to="hub", repository="specbundle/llama-eagle3", dataset="specbundle/llama-conversations")
@@ -221,7 +229,7 @@ def test_plots_and_licences_that_are_there_are_shown(tmp_path: Path) -> None:
         "plots/acceptance.png",
     ]
     assert "llama3.1 ([LICENSE](LICENSE))" in whole
-    assert whole.endswith("applies as well: base_model/LICENSE.")
+    assert whole.endswith("applies as well: [base_model/LICENSE](base_model/LICENSE).")
     assert ModelCard(whole).data.license_link == "LICENSE"
     assert "![" not in bare
     assert "llama3.1 (its text is not in this folder)" in bare
