@@ -131,6 +131,8 @@ def _add_cost_options(plan_parser: argparse.ArgumentParser) -> None:
 def build(args: argparse.Namespace) -> int:
     """Run the flow, in this process; then its summary and where to look next."""
     # What a user got wrong is said before Prefect starts.
+    if args.dry_run and args.publish_to == "none":
+        raise ValueError("a dry run says what publishing would change: leave out --dry-run or say where to publish")
     manifest = Manifest.load(args.manifest)
     skipped = select_entries(manifest, only=args.only, num_gpus=len(_gpus())).skipped
     for reason in skipped.values():
@@ -170,7 +172,10 @@ def build(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     """Print each stage's state; an entry whose target or data cannot be pinned says so and does not hide the others."""
     if args.cost:
-        return _plan_cost(args)
+        # It reads every report and takes a moment.
+        from specforge_core.cost.command import plan_cost
+
+        return plan_cost(args, _store(args), _console())
     manifest, store, gpus = Manifest.load(args.manifest), _store(args), _gpus()
     entries, status = named_entries(manifest, args.only) if args.only else manifest.entries, 0
     if any(entry.engine.name == "sglang" for entry in entries):
@@ -191,37 +196,6 @@ def plan(args: argparse.Namespace) -> int:
             table.add_row(stage, Text(state, style=PLAN_STYLES[state]), Text(reason))
         _console().print(table)
     return status
-
-
-def _plan_cost(args: argparse.Namespace) -> int:
-    """Print what the entries take; one whose cost cannot be counted says so and does not hide the others."""
-    # They read every report and take a moment.
-    from specforge_core.cost.entry import CostPlanner
-    from specforge_core.cost.table import as_json, print_costs
-
-    manifest = Manifest.load(args.manifest)
-    entries = named_entries(manifest, args.only) if args.only else manifest.entries
-    planner = CostPlanner(
-        base_dir=manifest.base_dir,
-        store=_store(args),
-        reports=args.reports,
-        hardware=args.hardware,
-        tokens_per_conversation=args.tokens_per_conversation and tuple(args.tokens_per_conversation),
-        disk_bytes_per_s=args.disk and args.disk * 1e9,
-    )
-    costs, unknown = [], {}
-    for entry in entries:
-        try:
-            costs.append(planner.cost(entry))
-        except ValueError as error:
-            unknown[entry.name] = str(error)
-    if args.json:
-        sys.stdout.write(as_json(costs, unknown, planner.rates.source) + "\n")
-    else:
-        print_costs(_console(), costs, planner.rates.source)
-    for name, reason in unknown.items():
-        _stderr(f"{name}: {reason}")
-    return USER_ERROR_STATUS if unknown else 0
 
 
 def _sglang_line() -> str:

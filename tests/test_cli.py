@@ -143,6 +143,7 @@ def test_report_prints_the_last_measurements_and_writes_the_site(
     ("argv", "message"),
     [
         (["build", "--only", "tinny"], "the manifest has no entry 'tinny'; did you mean tiny?"),
+        (["build", "--no-publish", "--dry-run"], "a dry run says what publishing would change: leave out --dry-run"),
         (["plan", "--only", "tinny"], "the manifest has no entry 'tinny'; did you mean tiny?"),
         (["show", "tinny"], "the manifest has no entry 'tinny'; did you mean tiny?"),
         (["show", "conversation", "--entry", "tiny"], "tiny has no conversations yet; `specbundle build --only tiny`"),
