@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Iterator
 from importlib import resources
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -24,7 +25,7 @@ from specforge_core.export.verify_speculators import SPECULATORS_FOLDER
 from specforge_core.facts import BenchmarkResult
 from specforge_core.hub.vllm import has_norms, oldest_version, vllm_commands
 from specforge_core.manifest import ManifestEntry
-from specforge_core.manifest_sections import BUILTIN_DEMO
+from specforge_core.manifest_sections import BUILTIN_DEMO, ServingConfig
 
 TEMPLATE_NAME = "model_card.md"
 LICENSE_NAME = "LICENSE"
@@ -41,14 +42,7 @@ def model_card(report: EntryReport, files: Collection[str], *, target_path: str 
     Args: files: names of the repository's other files, which the card shows and links; target_path: where a target
     that is no Hub model lies, for a draft that is published in a folder of the same machine.
     """
-    entry, benchmark = report.lineage.entry, report.benchmark
-    target = report.lineage.target()
-    if target_path and not entry.publish.repository:
-        target = target.model_copy(update={"model": target_path})
-    servings = [measured.serving for measured in benchmark.measurements]
-    servings += [point.serving for point in benchmark.sweep]
-    # vLLM drafts chains alone.
-    chains = [serving.num_steps for serving in servings if serving.topk == 1]
+    entry = report.lineage.entry
     template = resources.files("specforge_core.hub").joinpath(TEMPLATE_NAME).read_text(encoding="utf-8")
     # `card.validate()` would ask the public Hub.
     card = ModelCard.from_template(
@@ -60,41 +54,66 @@ def model_card(report: EntryReport, files: Collection[str], *, target_path: str 
         method=method_name(entry),
         target=entry.target.model,
         is_on_hub=report.lineage.target_revision is not None,
-        headline=headline(benchmark),
-        results=markdown_table(result_rows(benchmark)),
-        result_legend=result_legend(benchmark),
-        unsure=unsure_suites(benchmark),
-        positions=markdown_table(position_rows(benchmark)),
-        measured_on=measured_on(benchmark),
-        is_served=benchmark.engine == "sglang",
-        server_versions=sorted({server.version for server in benchmark.servers.values()}) or [SGLANG_VERSION],
-        sweep=markdown_table(sweep_rows(benchmark.sweep)),
-        sweep_legend=SWEEP_LEGEND,
-        switch_off_advice=switch_off_advice(benchmark.sweep) if benchmark.sweep else "",
-        # Without a repository the commands are for whoever stands in this folder.
-        launch_lines=launch_lines(benchmark, target, entry.publish.repository or ".", entry.engine),
-        launch_note=LAUNCH_NOTE,
-        vllm_commands=vllm_commands(
-            target,
-            entry.publish.repository,
-            num_speculative_tokens=chains[0] if chains else entry.draft.num_steps,
-            tensor_parallel=entry.engine.tensor_parallel,
-        ),
-        vllm_version=oldest_version(entry),
-        needs_vllm_norms=has_norms(entry),
-        speculators_folder=SPECULATORS_FOLDER,
-        has_speculators=f"{SPECULATORS_FOLDER}/config.json" in files,
-        plots={name.split("/")[1].split(".")[0]: name for name in files if name.startswith(f"{PLOTS_FOLDER}/")},
-        caveats=caveats(report),
-        has_trees=any(serving.topk > 1 for serving in servings),
+        **_measured(report),
+        **_use(report, target_path),
         data=markdown_table(data_rows(report)),
         making=markdown_table(making_rows(report)),
         cost=markdown_table(cost_rows(report.lineage)),
         lineage=markdown_table(lineage_rows(report.lineage)),
+        speculators_folder=SPECULATORS_FOLDER,
+        has_speculators=f"{SPECULATORS_FOLDER}/config.json" in files,
+        plots={name.split("/")[1].split(".")[0]: name for name in files if name.startswith(f"{PLOTS_FOLDER}/")},
         has_license=LICENSE_NAME in files,
         target_licenses=sorted(name for name in files if name.startswith(f"{LICENSE_FOLDER}/")),
     )
     return str(card)
+
+
+def _measured(report: EntryReport) -> dict[str, Any]:
+    """What the template says about the benchmark."""
+    benchmark = report.benchmark
+    return {
+        "headline": headline(benchmark),
+        "results": markdown_table(result_rows(benchmark)),
+        "result_legend": result_legend(benchmark),
+        "unsure": unsure_suites(benchmark),
+        "positions": markdown_table(position_rows(benchmark)),
+        "measured_on": measured_on(benchmark),
+        "caveats": caveats(report),
+        "sweep": markdown_table(sweep_rows(benchmark.sweep)),
+        "sweep_legend": SWEEP_LEGEND,
+        "switch_off_advice": switch_off_advice(benchmark.sweep) if benchmark.sweep else "",
+        "has_trees": any(serving.topk > 1 for serving in _servings(benchmark)),
+    }
+
+
+def _use(report: EntryReport, target_path: str | None) -> dict[str, Any]:
+    """What the template says about servers. Without a repository the commands are for whoever stands in the folder."""
+    entry, benchmark, target = report.lineage.entry, report.benchmark, report.lineage.target()
+    repository = entry.publish.repository
+    if target_path and not repository:
+        target = target.model_copy(update={"model": target_path})
+    # vLLM drafts chains alone.
+    chains = [serving.num_steps for serving in _servings(benchmark) if serving.topk == 1]
+    return {
+        "is_served": benchmark.engine == "sglang",
+        "server_versions": sorted({server.version for server in benchmark.servers.values()}) or [SGLANG_VERSION],
+        "launch_lines": launch_lines(benchmark, target, repository or ".", entry.engine),
+        "launch_note": LAUNCH_NOTE,
+        "vllm_commands": vllm_commands(
+            target,
+            repository,
+            num_speculative_tokens=chains[0] if chains else entry.draft.num_steps,
+            tensor_parallel=entry.engine.tensor_parallel,
+        ),
+        "vllm_version": oldest_version(entry),
+        "needs_vllm_norms": has_norms(entry),
+    }
+
+
+def _servings(benchmark: BenchmarkResult) -> list[ServingConfig]:
+    """How the draft was used, in the order measured."""
+    return [one.serving for one in (*benchmark.measurements, *benchmark.sweep)]
 
 
 def card_data(report: EntryReport, files: Collection[str]) -> ModelCardData:
