@@ -113,7 +113,7 @@ def _use(report: EntryReport, target_path: str | None) -> dict[str, Any]:
 
 def _servings(benchmark: BenchmarkResult) -> list[ServingConfig]:
     """How the draft was used, in the order measured."""
-    return [one.serving for one in (*benchmark.measurements, *benchmark.sweep)]
+    return [*(measured.serving for measured in benchmark.measurements), *(point.serving for point in benchmark.sweep)]
 
 
 def card_data(report: EntryReport, files: Collection[str]) -> ModelCardData:

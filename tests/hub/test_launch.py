@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import pytest
 
 from specforge_core.artifacts import seal
 from specforge_core.benchmark.report import make_report
+from specforge_core.benchmark.server import free_port
 from specforge_core.export.run import main as export
 from specforge_core.facts import BenchmarkResult
 from specforge_core.hub.repository import publish_directory, repository_files
@@ -79,9 +79,7 @@ def install(directory: Path, name: str, text: str) -> None:
 @contextlib.contextmanager
 def pasted(command: str, programs: Path, folder: Path, behaviour: Behaviour) -> Iterator[str]:
     """The address of the server that a pasted command starts, in a shell that stands in `folder`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     install(programs, "python3", SERVER.format(python=sys.executable, module=MODULE, port=port))
     environment = dict(
         os.environ, PATH=f"{programs}:{os.environ['PATH']}", PYTHONPATH=str(REPO_ROOT), OMP_NUM_THREADS="1"
@@ -97,7 +95,8 @@ def pasted(command: str, programs: Path, folder: Path, behaviour: Behaviour) -> 
             time.sleep(0.1)
         yield url
     finally:
-        os.killpg(shell.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)
         shell.wait()
 
 
