@@ -36,8 +36,12 @@ FOLLOW_INTERVAL_S = 2.0
 MAX_METRICS_PER_CALL = 1000
 MAX_PARAMS_PER_CALL = 100
 MAX_PARAM_CHARS = 6000
-# Without these a server that is gone holds a build for minutes before tracking gives up.
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+CLIENT_ENVIRONMENT = {
+    # Without these two a server that is gone holds a build for minutes before tracking gives up.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
 HOST, PORT = "127.0.0.1", 5000
 SHOWN_TAG = "specbundle.shown"
 """`true` on the runs that the comparison page charts: each draft once, as it was measured last."""
@@ -64,7 +68,7 @@ def server_command(uri: str, *, port: int = PORT) -> list[str]:
 
 @functools.lru_cache(maxsize=8)
 def mlflow_client(uri: str) -> MlflowClient:
-    for name, value in PATIENCE.items():
+    for name, value in CLIENT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri)
