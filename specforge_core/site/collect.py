@@ -16,14 +16,14 @@ from specforge_core.ledger import EntryRecord, load_entry_record
 from specforge_core.manifest import ManifestEntry
 
 STATUSES = {
-    "published": "passed its gates and is published",
-    "passed": "passed its gates",
-    "rejected": "failed a gate, and is kept",
-    "building": "is being built again; the figures are those of the build before",
-    "started": "was started and has no result yet",
-    "never built": "stands in the manifest alone",
+    "published": "The last build passed its gates and is published.",
+    "passed": "The last build passed its gates.",
+    "rejected": "The last build failed a gate, and is kept.",
+    "building": "A build is under way; the figures are those of the one before.",
+    "started": "A build was started and has no result yet.",
+    "never built": "It stands in the manifest alone.",
 }
-"""What becomes of an entry, in the order that a reader asks for."""
+"""What became of the last build of an entry."""
 
 
 class Champion(NamedTuple):

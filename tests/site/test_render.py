@@ -8,8 +8,8 @@ import pytest
 
 from specforge_core.benchmark.compare import Change, Comparison
 from specforge_core.benchmark.history import record_report
-from specforge_core.facts import Published
-from specforge_core.ledger import EntryRecord
+from specforge_core.facts import GateFailure, Published, Rejected
+from specforge_core.ledger import EntryRecord, record_outcome
 from specforge_core.manifest_sections import ServingConfig
 from specforge_core.site.collect import Champion, collect
 from specforge_core.site.render import repository_url, web_url, write_site
@@ -72,7 +72,8 @@ def test_the_page_of_an_entry_shows_results_history_and_champion(made: MadeSite)
     text = words(made, "entries/demo.html")
     assert "gsm8k 3-1-4 1 10 3.00 1.25 102 → 204 1.80× 1.60 to 2.00 9 / 1 / 0" in text
     assert "2 2026-11-02 08:30 rejected min_speedup 3.00 1.20× Made-up CPU 9000, 4 threads 0123abc" in text
-    assert "Champion: v3 specbundle/demo" in text
+    assert "Users get v3 from specbundle/demo." in text
+    assert "The last build passed its gates and is published." in text
     # The last build made the champion.
     assert "3 2026-11-03 08:30 passed champion 3.00" in text
 
@@ -91,6 +92,22 @@ def test_a_rejected_draft_says_which_gate_failed_and_how_to_serve_it_is_not_said
     text = words(made, "entries/worse.html")
     assert "min_speedup gsm8k 1.1 1.5 1.1 is below 1.5 <script>document.title = 'taken over'</script>" in text
     assert "Serve it" not in text
+
+
+def test_after_a_rejected_build_the_champion_stays_in_front(made: MadeSite, tmp_path: Path) -> None:
+    (tmp_path / "reports").mkdir()
+    demo = made.entries[0]
+    first = made_store.report(tmp_path / "first", demo, made_store.suites(1.8))
+    failure = GateFailure(gate="max_regression", suite="gsm8k", measured=-0.3, required=-0.1, message="fell by 30 %")
+    worse = made_store.report(tmp_path / "worse", demo, made_store.suites(1.2), (failure,), build=1)
+    for report in (first, worse):
+        record_report(tmp_path, report)
+    record_outcome(tmp_path, "demo", Rejected(failures=(failure,)))
+    index = write_site(tmp_path, [demo], champions={"demo": Champion("v1", "draft-0")})
+    text = re.sub(r"\s+", " ", Page((index.parent / "entries" / "demo.html").read_text()).text)
+    assert text.index("1.80×") < text.index("users still get v1") < text.index("Gates that the last build failed")
+    assert "Serve it" in text
+    assert "demo made-up/Small-Target rejected 3.00 1.80×" in re.sub(r"\s+", " ", Page(index.read_text()).text)
 
 
 def test_a_draft_stands_beside_the_champion_of_its_time(tmp_path: Path) -> None:
