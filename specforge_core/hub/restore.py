@@ -8,10 +8,11 @@ from specforge_core.artifacts import (
     RECORD_NAME,
     Artifact,
     BuildArtifacts,
+    FileRecord,
     content_id_of_files,
     damaged_files,
     load_artifact,
-    seal,
+    write_atomically,
 )
 from specforge_core.benchmark.report import EntryReport
 from specforge_core.digests import files_sha256
@@ -67,14 +68,10 @@ def restore_draft(folder: Path, recorded: Artifact[ServingDraft], store: Path) -
     for name, path in by_name.items():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy / name)
-    seal(
-        copy,
-        recorded.facts,
-        stage=recorded.stage,
-        key=recorded.key,
-        inputs=recorded.inputs,
-        elapsed_s=recorded.elapsed_s,
-        hardware=recorded.hardware,
-        known_sha256=dict(zip(by_name, hashes, strict=True)),
-    )
+    files = {
+        name: FileRecord(size_bytes=path.stat().st_size, sha256=sha256)
+        for (name, path), sha256 in zip(by_name.items(), hashes, strict=True)
+    }
+    record = recorded.model_copy(update={"files": files})
+    write_atomically(copy / RECORD_NAME, record.model_dump_json(indent=1) + "\n")
     return load_artifact(copy.rename(place), ServingDraft)

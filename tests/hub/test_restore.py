@@ -31,6 +31,8 @@ def test_a_published_folder_gives_the_exported_draft_back(tmp_path: Path, report
     exported = made_build.artifacts(tmp_path / "expected").draft
     assert (draft.stage, draft.key, draft.content_id) == ("export", "key-export", exported.content_id)
     assert draft.files == exported.files
+    # When it was made is part of the lineage that is published.
+    assert draft.created_at == recorded.draft.created_at
     assert damaged_files(draft, read_content=True) == []
     assert {path.name for path in draft.path.iterdir()} == {*exported.files, "artifact.json"}
     # Once it is there it is used again; a damaged copy is replaced.
