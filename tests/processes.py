@@ -1,18 +1,28 @@
-"""Work on several processes that can talk to each other.
+"""Work on other processes, alone or on several that can talk to each other.
 
 They are forked from one process that has imported what trainings need: imports take longer than the work.
 """
 
 import multiprocessing
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-FORKED = "forkserver"
+FORKED: Literal["forkserver"] = "forkserver"
+
+
+def _context() -> ForkServerContext:
+    """Where processes are forked."""
+    context = multiprocessing.get_context(FORKED)
+    # Counts until the first start.
+    context.set_forkserver_preload(["tests.training.float64_training"])
+    return context
 
 
 def _process(rank: int, num_processes: int, backend: str, work: Callable[[int], Any], directory: Path) -> None:
@@ -26,12 +36,23 @@ def _process(rank: int, num_processes: int, backend: str, work: Callable[[int], 
         dist.destroy_process_group()
 
 
+def start(work: Callable[..., Any], *arguments: Any) -> BaseProcess:
+    """A process that does the work, on one thread."""
+    process = _context().Process(target=_alone, args=(work, *arguments))
+    process.start()
+    return process
+
+
+def _alone(work: Callable[..., Any], *arguments: Any) -> None:
+    torch.set_num_threads(1)
+    work(*arguments)
+
+
 def on_processes(
     num_processes: int, work: Callable[[int], Any], directory: Path, *, backend: str = "gloo"
 ) -> list[Any]:
     """What `work(rank)` returns in each of so many processes."""
-    # Counts at the first start alone.
-    multiprocessing.get_context(FORKED).set_forkserver_preload(["tests.training.float64_training"])
+    _context()
     arguments = (num_processes, backend, work, directory)
     torch.multiprocessing.start_processes(_process, arguments, nprocs=num_processes, start_method=FORKED)
     return [torch.load(directory / f"{rank}.pt") for rank in range(num_processes)]

@@ -133,6 +133,7 @@ def check_same(left: Path, right: Path) -> None:
         assert (left / name).read_bytes() == (right / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_server_gives_what_the_target_gives_in_this_process_in_chunks_too(
     tmp_path: Path, tiny_target: ResolvedTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -16,6 +17,7 @@ import torch
 from specforge_core.benchmark.client import Job, Outcome, Reply, RequestRefused
 from specforge_core.targets import CaptureRequest, TargetFeatures, handover
 from specforge_core.targets.handover import FilesLost, Handover, Layout, Traffic, captured
+from tests.processes import start
 
 LAYOUT = Layout((1, 3, 4), 64, torch.bfloat16)
 TOKEN_BYTES = (3 + 1) * 64 * 2 + 4 + 4
@@ -78,16 +80,15 @@ def test_a_document_without_room_anywhere_is_refused_with_the_numbers(
         pass
 
 
+def enter_and_die(memory: Path, disk: Path) -> None:
+    handover.MEMORY = memory
+    with Handover(LAYOUT, TRAFFIC, fallback=disk):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_what_killed_runs_left_is_removed_and_what_others_use_is_not(folders: tuple[Path, Path]) -> None:
     memory, disk = folders
-    program = (
-        "import sys, os, torch; from pathlib import Path; from specforge_core.targets import handover as h;"
-        "h.MEMORY = Path(sys.argv[1]);"
-        "opened = h.Handover(h.Layout((1,), 8, torch.float32), h.Traffic(8, 8, 1), fallback=Path(sys.argv[2]));"
-        "opened.__enter__();"
-        "os.kill(os.getpid(), 9)"
-    )
-    subprocess.run([sys.executable, "-c", program, str(memory), str(disk)], check=False)
+    start(enter_and_die, memory, disk).join()
     (left,) = memory.iterdir()
     with Handover(LAYOUT, TRAFFIC, fallback=disk) as first:
         assert not left.exists()

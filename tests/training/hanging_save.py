@@ -25,6 +25,12 @@ def hang_at(step: int) -> None:
     checkpoint._Writer.write_data = write_data  # type: ignore[method-assign]
 
 
+def hanging_main(step: int, arguments: list[str]) -> int:
+    """The stage of these arguments, in this process alone."""
+    hang_at(step)
+    return main(arguments)
+
+
 if __name__ == "__main__":
     step, rank, *arguments = sys.argv[1:]
     if os.environ.get("RANK", "0") == rank:

@@ -1,15 +1,11 @@
 """The training stage as a whole: it learns, survives a kill, and is the same on two processes."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from specforge_core.data.loader import FeatureSet
@@ -20,7 +16,9 @@ from specforge_core.training.checkpoint import checkpoints
 from specforge_core.training.metrics import milestones
 from specforge_core.training.train import DRAFT_CONFIG_NAME, DRAFT_NAME, main, plan_training
 from tests.drafts.synthetic import make_head
+from tests.processes import start
 from tests.training.factory import make_spec
+from tests.training.hanging_save import hanging_main
 
 # Measured by a clock, so never equal.
 CLOCKED = ("train/tokens_per_s", "train/supervised_tokens_per_s")
@@ -105,20 +103,16 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_killed_there_ends_in
     spec, reference, expected = undisturbed
     out = tmp_path / "killed"
     first, second, third = sorted(milestones(expected.step, spec.training.checkpoints_per_run))[:3]
-    # The same number of threads, for the same order of every sum.
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    child = subprocess.Popen(
-        [sys.executable, "-m", "tests.training.hanging_save", str(second), "0", *arguments(spec, out)], env=environment
-    )
+    child = start(hanging_main, second, arguments(spec, out))
     # It waits when the next one is due.
     while last_step(out) < third:
-        assert child.poll() is None, "the training ended before it could be killed"
+        assert child.is_alive(), "the training ended before it could be killed"
         time.sleep(0.01)
     directory = out / "progress" / "checkpoints"
     assert [path.name for path in checkpoints(directory)] == [f"step-{first:08d}"]
     assert list(directory.glob(f".step-{second:08d}*/*.distcp"))
     child.kill()
-    child.wait()
+    child.join()
 
     assert run(spec, out) == expected
     assert metrics(out) == metrics(reference)
