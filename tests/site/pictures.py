@@ -35,7 +35,7 @@ class Picture(NamedTuple):
 
 PICTURES = (
     Picture("site-overview", "index.html", "light", WIDTH, 1000),
-    Picture("site-entry", "entries/demo.html", "dark", WIDTH, 1130),
+    Picture("site-entry", "entries/demo.html", "dark", WIDTH, 1150),
     Picture("site-training", "entries/demo.html", "light", WIDTH, 1110, "#training"),
 )
 

@@ -105,7 +105,7 @@ def test_after_a_rejected_build_the_champion_stays_in_front(made: MadeSite, tmp_
     record_outcome(tmp_path, "demo", Rejected(failures=(failure,)))
     index = write_site(tmp_path, [demo], champions={"demo": Champion("v1", "draft-0")})
     text = re.sub(r"\s+", " ", Page((index.parent / "entries" / "demo.html").read_text()).text)
-    assert text.index("1.80×") < text.index("users still get v1") < text.index("Gates that the last build failed")
+    assert text.index("1.80×") < text.index("Users still get v1") < text.index("Gates that the last build failed")
     assert "Serve it" in text
     assert "demo made-up/Small-Target rejected 3.00 1.80×" in re.sub(r"\s+", " ", Page(index.read_text()).text)
 
