@@ -1,4 +1,4 @@
-"""Everything that a deployment needs, in one terminal: Prefect server, work pool, deployment, MLflow page, worker."""
+"""Everything that deployments need, in one terminal: Prefect server, work pool, deployments, MLflow page, worker."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from flows.services import HOST, PREFECT, Service, api_url, prefect_server
 from specforge_core.process import SupervisedProcess
 from tasks.tracking import comparison_url, server_command, tracking_uri
 
-POOL, DEPLOYMENT = "specbundle", "build"
+POOL, DEPLOYMENTS = "specbundle", ("build", "run")
 """Of prefect.yaml: those that need nothing but this host."""
 
 
@@ -37,11 +37,13 @@ def run_services(store: Path, *, prefect_port: int, mlflow_port: int) -> int:
         for service in services:
             service.wait_ready()
         pool = ["work-pool", "create", POOL, "--type", "process", "--overwrite"]
-        for options in (pool, ["deploy", "--name", DEPLOYMENT]):
+        names = [word for name in DEPLOYMENTS for word in ("--name", name)]
+        for options in (pool, ["deploy", *names]):
             subprocess.run([*PREFECT, "--no-prompt", *options], env=env, check=True, stdout=subprocess.DEVNULL)
         say(f"Prefect: http://{HOST}:{prefect_port}")
         say(f"MLflow:  {comparison_url(store, port=mlflow_port) or mlflow_url}")
         say(f"build:   PREFECT_API_URL={api} prefect deployment run specbundle/build -p 'only=[\"demo\"]' --watch")
+        say(f"again:   PREFECT_API_URL={api} prefect deployment run rebenchmark/run --watch")
         worker = [*PREFECT, "worker", "start", "--pool", POOL, "--type", "process"]
         with SupervisedProcess("worker", worker, log=logs / "worker.log", env=env, on_line=say) as process:
             process.wait()

@@ -10,16 +10,20 @@ from typing import Any
 import pytest
 import yaml
 from prefect.cli.deploy._models import DeploymentConfig, PrefectYamlModel, WorkPoolConfig
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.events.actions import CallWebhook, ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, EventTrigger
 from prefect.flows import load_flow_from_entrypoint
+from prefect.server.events.schemas.automations import AutomationCore as ServerAutomation
 from prefect.utilities.schema_tools.validation import validate
 from prefect.workers.process import ProcessWorker
 
-from flows.up import DEPLOYMENT, POOL
+from flows.up import DEPLOYMENTS, POOL
 from specforge_core.manifest import Manifest
 from tasks import stage as stage_module
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("build", "build-docker", "build-kubernetes")
+NAMES = ("build", "run", "build-docker", "run-docker", "build-kubernetes", "run-kubernetes")
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +62,8 @@ def test_each_pool_has_its_deployment_and_no_key_is_misspelled(
         assert entry["work_pool"].keys() <= WorkPoolConfig.model_fields.keys()
     assert tuple(deployments) == NAMES
     pools = [pool_of(deployment).name for deployment in deployments.values()]
-    assert pools == ["specbundle", "specbundle-docker", "specbundle-kubernetes"]
-    assert (POOL, DEPLOYMENT) == ("specbundle", "build")
+    assert pools == ["specbundle"] * 2 + ["specbundle-docker"] * 2 + ["specbundle-kubernetes"] * 2
+    assert {name: pool_of(deployments[name]).name for name in DEPLOYMENTS} == {"build": POOL, "run": POOL}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,12 +74,12 @@ def test_a_deployment_runs_the_flow_with_parameters_that_it_takes(
     deployment = deployments[name]
     assert deployment.entrypoint is not None
     flow = load_flow_from_entrypoint(deployment.entrypoint)
-    assert flow.name == "specbundle"
+    assert flow.name == {"build": "specbundle", "run": "rebenchmark"}[name.partition("-")[0]]
     assert deployment.parameters.keys() <= inspect.signature(flow.fn).parameters.keys()
     parameters = flow.validate_parameters(deployment.parameters)
     assert Manifest.load(parameters["manifest"]).entries
     # A run in a container leaves nothing in its image.
-    assert (parameters.get("store") is None) == (name == "build")
+    assert (parameters.get("store") is None) == (name in DEPLOYMENTS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -171,3 +175,33 @@ def test_image_version_and_user_are_one_everywhere(
     template = template_of("specbundle-kubernetes")["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
     assert template["securityContext"]["runAsUser"] == user_of_the_image()
     assert template["securityContext"]["fsGroup"] == user_of_the_image()
+
+
+def test_the_schedules_that_the_file_proposes_are_ones_that_prefect_takes(raw: dict[str, Any]) -> None:
+    assert all("schedules" not in deployment for deployment in raw["deployments"]), "nothing is to run by itself"
+    text = (ROOT / "prefect.yaml").read_text()
+    scheduled = PrefectYamlModel.model_validate(yaml.safe_load(text.replace("# schedules:", "schedules:")))
+    crons = {one.name: [entry.cron for entry in one.schedules] for one in scheduled.deployments if one.schedules}
+    assert crons == {"build": ["0 1 * * *"], "run": ["0 9 * * 0"]}
+    for cron in ("0 1 * * *", "0 9 * * 0"):
+        # The same as the commands above them say.
+        assert f'--cron "{cron}" --timezone UTC' in text
+        assert CronSchedule(cron=cron, timezone="UTC")
+
+
+def test_automations_are_ones_that_the_server_takes_and_no_key_is_misspelled() -> None:
+    (automations,) = yaml.safe_load((ROOT / "pools/automations.yaml").read_text()).values()
+    actions = {"call-webhook": CallWebhook, "change-flow-run-state": ChangeFlowRunState}
+    for automation in automations:
+        # Prefect ignores what it does not know.
+        assert automation.keys() <= AutomationCore.model_fields.keys()
+        assert automation["trigger"].keys() <= EventTrigger.model_fields.keys()
+        for action in automation["actions"]:
+            assert action.keys() <= actions[action["type"]].model_fields.keys()
+        # By the server's own model, which also reads the templates.
+        ServerAutomation.model_validate(AutomationCore.model_validate(automation).model_dump(mode="json"))
+        assert automation["trigger"]["match_related"]["prefect.resource.id"] == "prefect.tag.specbundle"
+
+
+def test_every_deployment_has_the_tag_that_automations_look_for(deployments: dict[str, DeploymentConfig]) -> None:
+    assert all(deployment.tags == ["specbundle"] for deployment in deployments.values())
