@@ -178,7 +178,8 @@ def register(build: EntryBuild, report: EntryReport) -> DraftVersion | None:
     """The version of a draft that was measured, with the outcome of its gates; None, with a warning, if the registry
     cannot be asked."""
     run, entry = build.tracking, report.lineage.entry.name
-    if run.run_id is None:
+    # A version whose report was not kept would be a champion that nothing can be held against.
+    if run.run_id is None or not run.is_tracked:
         return None
     with never_fails(run.uri):
         client, name, known = mlflow_client(run.uri), MODEL_PREFIX + entry, registered(entry, store=build.store)

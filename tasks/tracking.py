@@ -104,7 +104,7 @@ def _tracked(method: Callable[Concatenate["TrackedRun", P], None]) -> Callable[C
 
     @functools.wraps(method)
     def call(run: "TrackedRun", *args: P.args, **kwargs: P.kwargs) -> None:
-        if run.run_id is not None and run.uri not in _failed_uris:
+        if run.is_tracked:
             with never_fails(run.uri):
                 method(run, *args, **kwargs)
 
@@ -116,6 +116,11 @@ class TrackedRun(Config):
 
     uri: str
     run_id: str | None = None
+
+    @property
+    def is_tracked(self) -> bool:
+        """Whether what is added to it is kept."""
+        return self.run_id is not None and self.uri not in _failed_uris
 
     @_tracked
     def log_params(self, params: Mapping[str, Any]) -> None:

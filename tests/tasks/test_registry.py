@@ -340,6 +340,16 @@ def test_the_password_of_a_registry_is_in_no_message(
     assert "hunter2" not in unknown + caplog.text + "".join(capfd.readouterr())
 
 
+def test_a_draft_whose_report_the_tracker_lost_is_not_registered(factory: Factory) -> None:
+    factory.publish("d1")
+    build = factory.build()
+    tracking._failed_uris.add(build.tracking.uri)
+    version = register(build, factory.report(build, "d2"))
+    assert version is None
+    promote(build, version, published("d2"))
+    assert (factory.champion(), factory.statuses()) == (1, ["published"])
+
+
 def test_a_champion_whose_report_is_gone_is_unknown(factory: Factory) -> None:
     version = factory.publish("d1")
     (report,) = (factory.store / "mlflow").rglob(f"{version.run_id}/artifacts/demo.json")
