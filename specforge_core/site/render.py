@@ -23,6 +23,7 @@ from specforge_core.benchmark.tables import (
     comparison_rows,
     measured_on,
     result_legend,
+    result_rows,
     server_rows,
     switch_off_advice,
 )
@@ -37,6 +38,8 @@ from specforge_core.site.lineage import lineage_chart
 DIRECTORY = "site"
 """In the store, where nothing else is asked for."""
 CHART_LIBRARY = "vl-convert-python"
+# Of `result_rows`: what only some benchmarks measure.
+MORE_COLUMNS = ("in process", "answers right")
 
 
 def site_directory(store: Path) -> Path:
@@ -110,9 +113,12 @@ def _entry(view: EntryView, anchors: tuple[Anchor, ...]) -> dict[str, Any]:
     result, gates = report.benchmark, report.lineage.entry.gates
     builds = view.history.reports
     draft = report.lineage.entry.publish.repository or f"{report.lineage.entry.publish.directory}/{view.name}"
+    rows = result_rows(result)
     has_curves = any(curve.name == "train/loss" for curve in view.curves)
     return values | {
         "result": result,
+        "rows": rows,
+        "more_columns": [column for column in MORE_COLUMNS if rows and column in rows[0]],
         "beside": {m: comparable(public, report.lineage.entry.target.model, m) for m in result.measurements},
         "comparison": comparison_rows(last.comparison) if last.comparison else [],
         "legend": result_legend(result),

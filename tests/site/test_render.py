@@ -8,7 +8,8 @@ import pytest
 
 from specforge_core.benchmark.compare import Change, Comparison
 from specforge_core.benchmark.history import record_report
-from specforge_core.facts import GateFailure, Published, Rejected
+from specforge_core.demo.inflated import InflatedTarget
+from specforge_core.facts import Answers, GateFailure, Published, Rejected
 from specforge_core.ledger import EntryRecord, record_outcome
 from specforge_core.manifest_sections import ServingConfig
 from specforge_core.site.collect import Champion, collect
@@ -92,6 +93,30 @@ def test_a_rejected_draft_says_which_gate_failed_and_how_to_serve_it_is_not_said
     text = words(made, "entries/worse.html")
     assert "min_speedup gsm8k 1.1 1.5 1.1 is below 1.5 <script>document.title = 'taken over'</script>" in text
     assert "Serve it" not in text
+
+
+def test_what_only_some_benchmarks_measure_has_a_column_there(tmp_path: Path, made: MadeSite) -> None:
+    demo = made_store.entries()[0]
+    answers = Answers(num_checked=10, num_correct=7, num_correct_without_draft=8)
+    record_report(tmp_path, made_store.report(tmp_path / "made", demo, made_store.suites(1.5, answers=answers)))
+    text = re.sub(r"\s+", " ", Page((write_site(tmp_path, [demo]).parent / "entries" / "demo.html").read_text()).text)
+    assert "9 / 1 / 0 7 / 8 of 10" in text
+    assert "answers right" not in words(made, "entries/demo.html")
+
+
+def test_figures_of_an_enlarged_demo_say_that_they_are(tmp_path: Path, made: MadeSite) -> None:
+    demo = made_store.entries()[0]
+    inflated = InflatedTarget(
+        demo={}, enlarged={}, layers=(), num_parameters=8_030_261_248, dtype="bfloat16", max_position_embeddings=8192
+    )
+    report = made_store.report(tmp_path / "made", demo, made_store.suites(1.5))
+    record_report(
+        tmp_path, report.model_copy(update={"lineage": report.lineage.model_copy(update={"inflated": inflated})})
+    )
+    text = Page((write_site(tmp_path, [demo]).parent / "entries" / "demo.html").read_text()).text
+    assert "The text is the demo's, at the shape of a real model." in text
+    assert "8,030,261,248 parameters" in text
+    assert "at the shape of a real model" not in words(made, "entries/demo.html")
 
 
 def test_after_a_rejected_build_the_champion_stays_in_front(made: MadeSite, tmp_path: Path) -> None:
