@@ -1,4 +1,4 @@
-"""`specbundle build|plan|list|show|report|rollback|pin|up`: the factory from a shell.
+"""`specbundle build|rebenchmark|plan|list|show|report|rollback|pin|up`: the factory from a shell.
 
 Thin: it reads records, and what it runs is in `flows`. It is the one module here that imports from there, and only once
 such a command is given, because Prefect and MLflow take seconds to load. So it alone also sets the environment.
@@ -8,11 +8,9 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -26,11 +24,11 @@ from specforge_core.manifest import Manifest, ManifestEntry
 from specforge_core.plan import STEPS, make_recipe, plan_entry, plan_unbuilt
 from specforge_core.selection import missing_gpus, named_entries, select_entries
 from specforge_core.stages import USER_ERROR_STATUS, RegenerateSpec
+from specforge_core.terminal import print_error, print_line, print_table, terminal
 
 INTERRUPTED_STATUS = 130
 REPORTS = Path(__file__).parents[1] / "reports"
 """Of the checkout that this program runs from."""
-LOG_WIDTH = 160
 PLAN_STYLES = {"fresh": "green", "stale": "yellow", "waits": "dim"}
 ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
@@ -59,10 +57,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         status: int = args.command(args)
     except (ValueError, ConnectionError) as error:
-        _stderr(f"error: {error}")
+        print_error(f"error: {error}")
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
-        _stderr("interrupted; the same command goes on from what is done")
+        print_error("interrupted; the same command goes on from what is done")
         return INTERRUPTED_STATUS
     return status
 
@@ -80,18 +78,9 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=command)
         return added
 
-    build_parser = add("build", build, "Build the entries, and publish the drafts that pass their gates.")
-    build_parser.add_argument("--only", nargs="+", metavar="ENTRY", help="default: all that this host has the GPUs for")
-    destination = build_parser.add_mutually_exclusive_group()
-    destination.add_argument(
-        "--publish-to", choices=("hub", "directory", "none"), help="default: `publish.to` of each entry"
-    )
-    destination.add_argument(
-        "--no-publish", dest="publish_to", action="store_const", const="none", help="stop after the gates"
-    )
-    build_parser.add_argument(
-        "--dry-run", action="store_true", help="instead of publishing, write the folder and what it would change"
-    )
+    _add_run_options(add("build", build, "Build the entries, and publish the drafts that pass their gates."))
+    again = "Measure published drafts again, on this host's engine and hardware, and renew card, registry and site."
+    _add_run_options(add("rebenchmark", rebenchmark, again))
     plan_parser = add("plan", plan, "Say which stages a build would run, and why; run nothing.")
     plan_parser.add_argument("--only", nargs="+", metavar="ENTRY", help="default: every entry")
     _add_cost_options(plan_parser)
@@ -115,6 +104,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", nargs="+", metavar="ENTRY", help="default: all that this host has the GPUs for")
+    destination = parser.add_mutually_exclusive_group()
+    destination.add_argument(
+        "--publish-to", choices=("hub", "directory", "none"), help="default: `publish.to` of each entry"
+    )
+    destination.add_argument(
+        "--no-publish", dest="publish_to", action="store_const", const="none", help="stop after the gates"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="instead of publishing, write the folder and what it would change"
+    )
+
+
 def _add_cost_options(plan_parser: argparse.ArgumentParser) -> None:
     add = plan_parser.add_argument_group("cost", "from the targets' configs and measured rates alone").add_argument
     add("--cost", action="store_true", help="say instead what a build takes, by entry and stage, and what will not fit")
@@ -129,18 +132,28 @@ def _add_cost_options(plan_parser: argparse.ArgumentParser) -> None:
 
 
 def build(args: argparse.Namespace) -> int:
-    """Run the flow, in this process; then its summary and where to look next."""
+    """Run the flow `specbundle`."""
+    return _run_flow(args, "specbundle")
+
+
+def rebenchmark(args: argparse.Namespace) -> int:
+    """Run the flow `rebenchmark`."""
+    return _run_flow(args, "rebenchmark")
+
+
+def _run_flow(args: argparse.Namespace, name: str) -> int:
+    """Run a flow over the manifest in this process; then print its summary and where to look next."""
     # What a user got wrong is said before Prefect starts.
     if args.dry_run and args.publish_to == "none":
         raise ValueError("a dry run says what publishing would change: leave out --dry-run or say where to publish")
     manifest = Manifest.load(args.manifest)
     skipped = select_entries(manifest, only=args.only, num_gpus=len(_gpus())).skipped
     for reason in skipped.values():
-        _stderr(f"skipped: {reason}")
+        print_error(f"skipped: {reason}")
     from flows.services import start_own_prefect_server
 
     is_own = start_own_prefect_server(_store(args).root / "logs" / "prefect-server.log")
-    from flows.specbundle import specbundle
+    from flows import rebenchmark, specbundle
     from flows.summary import BuildSummary
     from tasks.stage import StageError
 
@@ -151,22 +164,26 @@ def build(args: argparse.Namespace) -> int:
         # This build's own server has no pages.
         return not (is_own and record.getMessage().startswith("View at"))
 
-    for name in ("prefect.task_runs", "prefect.flow_runs"):
-        logging.getLogger(name).addFilter(tidy)
+    for logger in ("prefect.task_runs", "prefect.flow_runs"):
+        logging.getLogger(logger).addFilter(tidy)
     # Such as what it waits for.
     logging.getLogger("specforge_core").setLevel(logging.INFO)
-    state = specbundle(
+    flow = {"specbundle": specbundle.specbundle, "rebenchmark": rebenchmark.rebenchmark}[name]
+    state = flow(
         manifest=args.manifest, only=args.only, publish_to=args.publish_to, dry_run=args.dry_run, store=args.store,
         return_state=True,
     )  # fmt: skip
     summary = state.result(raise_on_failure=False)
     if not isinstance(summary, BuildSummary):
-        _stderr(f"error: {summary}")
+        print_error(f"error: {summary}")
         return 1
-    _print_table([row.cells() for row in summary.rows if row.status != "skipped"], title=summary.message)
+    for row in summary.rows:
+        if row.status == "skipped" and row.entry not in skipped:
+            print_error(f"skipped: {row.detail}")
+    print_table([row.cells() for row in summary.rows if row.status != "skipped"], title=summary.message)
     for line in summary.next_steps():
-        _print(line)
-    return int(any(row.is_failure for row in summary.rows))
+        print_line(line)
+    return int(summary.is_failure)
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -175,13 +192,13 @@ def plan(args: argparse.Namespace) -> int:
         # It reads every report and takes a moment.
         from specforge_core.cost.command import plan_cost
 
-        return plan_cost(args, _store(args), _console())
+        return plan_cost(args, _store(args), terminal())
     manifest, store, gpus = Manifest.load(args.manifest), _store(args), _gpus()
     entries, status = named_entries(manifest, args.only) if args.only else manifest.entries, 0
     if any(entry.engine.name == "sglang" for entry in entries):
-        _print(_sglang_line())
+        print_line(_sglang_line())
     for entry in entries:
-        _print(_plan_title(entry, len(gpus)))
+        print_line(_plan_title(entry, len(gpus)))
         table = Table(show_header=False)
         try:
             recipe = make_recipe(entry, base_dir=manifest.base_dir, store=store.root, gpus=gpus, environ=os.environ)
@@ -194,7 +211,7 @@ def plan(args: argparse.Namespace) -> int:
             status = status if is_offline else USER_ERROR_STATUS
         for stage, state, reason in stages:
             table.add_row(stage, Text(state, style=PLAN_STYLES[state]), Text(reason))
-        _console().print(table)
+        terminal().print(table)
     return status
 
 
@@ -217,7 +234,7 @@ def _plan_title(entry: ManifestEntry, num_gpus: int) -> str:
 def list_entries(args: argparse.Namespace) -> int:
     """Print one row per entry."""
     store = _store(args)
-    _print_table(
+    print_table(
         {
             "entry": entry.name,
             "target": entry.target.model,
@@ -271,7 +288,7 @@ def _show_entry(store: Store, manifest: Manifest, name: str) -> int:
     (entry,) = named_entries(manifest, [name])
     record = load_entry_record(store.root, entry.name)
     artifacts = [artifact for stage in STEPS if (artifact := last_artifact(store, name, stage))]
-    _print_table(
+    print_table(
         (
             {
                 "stage": artifact.stage,
@@ -288,10 +305,10 @@ def _show_entry(store: Store, manifest: Manifest, name: str) -> int:
     )
     match record.outcome:
         case Published(path=path, content_id=content_id):
-            _print(f"published: {path} ({content_id})")
+            print_line(f"published: {path} ({content_id})")
         case Rejected(failures=failures):
             for failure in failures:
-                _print(f"gate {failure.gate}: {failure.message}")
+                print_line(f"gate {failure.gate}: {failure.message}")
     return 0
 
 
@@ -309,14 +326,14 @@ def report(args: argparse.Namespace) -> int:
     histories = {file.stem: load_history(store, file.stem) for file in files}
     last = {name: history.reports[-1].report for name, history in histories.items() if history.reports}
     rows = [{"entry": n} | measurement_row(m) for n, made in last.items() for m in made.benchmark.measurements]
-    _print_table(without_empty_columns(rows))
+    print_table(without_empty_columns(rows))
     for file in files:
-        _print(f"whole report: {file.with_suffix('.md')}")
+        print_line(f"whole report: {file.with_suffix('.md')}")
     # It asks the tracker, which takes seconds.
     from tasks.site import write_site
 
     index = write_site(store, Manifest.load(args.manifest).entries, out=args.out)
-    _print(f"site: {index.as_uri()}")
+    print_line(f"site: {index.as_uri()}")
     return 0
 
 
@@ -330,11 +347,11 @@ def rollback(args: argparse.Namespace) -> int:
     store = _store(args).root
     (left, to, undone), published = roll_back(entry, args.to, base_dir=manifest.base_dir, store=store)
     update_site(store, manifest.entries)
-    _print(
+    print_line(
         f"{entry.name}: version {left.number} is replaced by version {to.number}, at {published.url or published.path}"
     )
     for version in undone:
-        _print(f"no build publishes version {version.number} again; to take it back: --to {version.number}")
+        print_line(f"no build publishes version {version.number} again; to take it back: --to {version.number}")
     return 0
 
 
@@ -343,7 +360,7 @@ def pin(args: argparse.Namespace) -> int:
     from specforge_core.resolve import pin as pin_manifest
 
     for line in pin_manifest(args.manifest) or ["every Hub revision is a commit already"]:
-        _print(line)
+        print_line(line)
     return 0
 
 
@@ -361,31 +378,6 @@ def _store(args: argparse.Namespace) -> Store:
 
 def _gpus() -> tuple[Any, ...]:
     return list_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=LOG_WIDTH)
-
-
-def _print(line: str) -> None:
-    _console().print(line, soft_wrap=True, markup=False, highlight=False)
-
-
-def _stderr(line: str) -> None:
-    Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
-
-
-def _print_table(rows: Iterable[Mapping[str, str]], *, title: str | None = None) -> None:
-    """A table whose columns are the first row's."""
-    rows = list(rows)
-    if title:
-        _print(title)
-    table = Table(*(rows[0] if rows else ()))
-    for row in rows:
-        # Not markup: a detail may hold brackets.
-        table.add_row(*map(Text, row.values()))
-    _console().print(table)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 on a tiny real target and a local Hub."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from flows import rebenchmark as module
 from flows.rebenchmark import OF_TODAY, measure_again, published_entry, rebenchmark
 from flows.specbundle import specbundle
 from flows.summary import BuildSummary, EntryRow
-from specforge_core import plan
+from specforge_core import cli, plan
 from specforge_core.artifacts import BuildArtifacts, Store
 from specforge_core.benchmark.history import load_history
 from specforge_core.benchmark.report import EntryReport, make_report
@@ -179,6 +180,21 @@ def test_a_run_measures_what_is_published_and_fails_loudly_for_a_champion_that_f
     asked = rebenchmark(manifest=manifest, store=store, only=["new"], return_state=True)
     assert asked.is_failed()
     assert "no draft of new is published; `specbundle build --only new` makes one" in rows_of(asked)["new"].detail
+
+
+@pytest.mark.usefixtures("prefect_engine")
+def test_the_command_says_that_nothing_is_published_and_what_makes_a_draft(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A command sets what its environment lacks; here that must not outlive the test.
+    monkeypatch.setattr(os, "environ", os.environ.copy() | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"})
+    manifest = str(make_factory(tmp_path))
+    assert cli.main(["--manifest", manifest, "rebenchmark"]) == 0
+    printed = capsys.readouterr()
+    assert "0 of 0 entries passed" in printed.out
+    assert "skipped: no draft of tiny is published" in printed.err
+    assert cli.main(["--manifest", manifest, "rebenchmark", "--only", "tiny"]) == 1
+    assert "1 of 1 entries did not pass: tiny" in capsys.readouterr().out
 
 
 @pytest.mark.slow
