@@ -57,13 +57,13 @@ def main() -> None:
             if picture.scroll_to != "main":
                 browser.run(f"document.querySelector({picture.scroll_to!r}).scrollIntoView({{behavior: 'instant'}})")
             browser.picture(path)
-            _shrink(path)
+            shrink(path)
             size = path.stat().st_size
             assert size <= MAX_BYTES, f"{path} has {size:,} bytes, more than {MAX_BYTES:,}; lower SCALE or NUM_COLORS"
 
 
-def _shrink(path: Path) -> None:
-    """Few colours are enough for text and lines."""
+def shrink(path: Path) -> None:
+    """Make a picture smaller: few colours are enough for text and lines."""
     with Image.open(path) as picture:
         small = picture.convert("RGB").quantize(NUM_COLORS, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
