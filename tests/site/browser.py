@@ -52,11 +52,15 @@ class Browser:
         self.driver = driver
 
     def open(self, page: Path, *, width: int, height: int = 900, scale: float = 1.0) -> None:
-        """Load a page and wait until every chart of it is drawn. Args: width, height: of the window, in CSS pixels."""
-        metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 500}
-        self._command("Emulation.setDeviceMetricsOverride", metrics)
+        """Load a page and wait until every chart of it is drawn. Args: as of `resize`."""
+        self.resize(width=width, height=height, scale=scale)
         self.driver.get(page.absolute().as_uri())
         self.wait_for(CHARTS_DRAWN)
+
+    def resize(self, *, width: int, height: int, scale: float) -> None:
+        """Args: width, height: of the window, in CSS pixels; scale: pixels for each of them."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 500}
+        self._command("Emulation.setDeviceMetricsOverride", metrics)
 
     def prefer(self, scheme: Literal["light", "dark"]) -> None:
         """What the system asks for, as the page sees it."""

@@ -58,8 +58,6 @@ def main() -> None:
                 browser.run(f"document.querySelector({picture.scroll_to!r}).scrollIntoView({{behavior: 'instant'}})")
             browser.picture(path)
             shrink(path)
-            size = path.stat().st_size
-            assert size <= MAX_BYTES, f"{path} has {size:,} bytes, more than {MAX_BYTES:,}; lower SCALE or NUM_COLORS"
 
 
 def shrink(path: Path) -> None:
@@ -67,6 +65,8 @@ def shrink(path: Path) -> None:
     with Image.open(path) as picture:
         small = picture.convert("RGB").quantize(NUM_COLORS, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
+    size = path.stat().st_size
+    assert size <= MAX_BYTES, f"{path} has {size:,} bytes, more than {MAX_BYTES:,}; lower SCALE or NUM_COLORS"
 
 
 if __name__ == "__main__":

@@ -1,27 +1,21 @@
 """Which draft is whose champion, on a real MLflow over sqlite; once, slow, over HTTP from a server of its own."""
 
 import logging
-import os
-import socket
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from flows.services import is_up
 from specforge_core.benchmark.compare import Standing
 from specforge_core.benchmark.report import EntryReport, make_report
 from specforge_core.facts import GateFailure, Measurement, Published
-from specforge_core.process import SupervisedProcess
 from tasks import registry, tracking
 from tasks.registry import begin_rollback, champions, finish_rollback, plan_rollback, promote, register, registered
 from tasks.stage import EntryBuild
 from tests import builds, made_build
 from tests.made_build import measurement, prompts
+from tests.tasks.mlflow_page import mlflow_page
 
 TOO_SLOW = GateFailure(gate="min_speedup", suite="math", measured=1.1, required=1.5, message="speedup 1.10x, too slow")
 FIGURES = measurement(prompts=prompts(10, 10, 10))
@@ -380,28 +374,17 @@ def test_a_model_or_version_that_somebody_made_by_hand_is_left_alone(factory: Fa
     assert version.number == 2
 
 
-@pytest.fixture
-def mlflow_server(tmp_path: Path) -> Iterator[str]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    uri = f"sqlite:///{tmp_path / 'server.db'}"
-    command = [sys.executable, "-m", *tracking.server_command(uri, port=port)]
-    command += ["--artifacts-destination", str(tmp_path / "server-artifacts")]
-    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with SupervisedProcess("MLflow", command, log=tmp_path / "mlflow.log", env=env) as process:
-        process.wait_ready(lambda: is_up(f"http://127.0.0.1:{port}/health"), timeout_s=180)
-        yield f"http://127.0.0.1:{port}"
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_over_http_a_server_keeps_drafts_champions_and_rollbacks_alike(
-    tmp_path: Path, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
-    factory = Factory(tmp_path)
-    started_at = time.monotonic()
+    with mlflow_page(f"sqlite:///{tmp_path / 'server.db'}", directory=tmp_path) as port:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        check_drafts_champions_and_rollbacks(Factory(tmp_path))
+
+
+def check_drafts_champions_and_rollbacks(factory: Factory) -> None:
     factory.publish("d1")
     factory.publish("d2")
     worse = measurement(num_output_tokens=90, num_verify_steps=33, prompts=prompts(11, 11, 11))
@@ -412,4 +395,3 @@ def test_over_http_a_server_keeps_drafts_champions_and_rollbacks_alike(
     assert factory.statuses() == ["published", "rolled-back"]
     assert factory.standing("d2").rolled_back == 2
     assert champions(factory.store)["demo"].number == 1
-    assert time.monotonic() - started_at < 60
