@@ -87,8 +87,10 @@ def repositories(entry: ManifestEntry) -> list[Repository]:
 
 
 def open_hub() -> Hub:
-    """The Hub at HF_ENDPOINT, with the token of HF_TOKEN, of HF_TOKEN_PATH or the file that `hf auth login` writes, or
-    of a Prefect block. Raises: ValueError if there is none.
+    """The Hub at HF_ENDPOINT, or the public one, as the owner of the first token that is found.
+
+    It is looked for in HF_TOKEN, in the file of HF_TOKEN_PATH or the one that `hf auth login` writes, and in a Prefect
+    block. Raises: ValueError if there is none.
     """
     token = get_token() or _token_of_block()
     if token is None:

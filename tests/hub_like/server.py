@@ -72,13 +72,8 @@ class Handler(BaseHTTPRequestHandler):
         if fault and fault.when == "before":
             fault.on_hit()
             fault = None if fault.passes else fault
-        num_bytes = int(self.headers.get("Content-Length") or 0)
-        if fault and fault.body_fraction < 1:
-            self.rfile.read(int(num_bytes * fault.body_fraction))
-            return self.hang_up()
-        body = self.read_chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(num_bytes)
-        if len(body) < num_bytes:
-            # Its client is gone, and with it the rest of the request.
+        body = self.read_body(fault.body_fraction if fault else 1.0)
+        if body is None:
             return self.hang_up()
         if fault and fault.when == "before" and not fault.change:
             return self.break_off(fault)
@@ -87,13 +82,22 @@ class Handler(BaseHTTPRequestHandler):
         method = "GET" if self.command == "HEAD" else self.command
         with self.server.lock:
             answer = self.server.api.answer(Request(method, path, body, account, query, self.server.url))
-        if fault and fault.change:
+        if fault is None:
+            return self.send(answer)
+        if fault.change:
             return self.send(answer._replace(body=fault.change(answer.body)))
-        if fault:
-            fault.on_hit()
-        return self.break_off(fault) if fault else self.send(answer)
+        fault.on_hit()
+        return self.break_off(fault)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = answer
+
+    def read_body(self, fraction: float) -> bytes | None:
+        """The request's body; None if only that fraction of it is to be read, or its client is gone before its end."""
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            return self.read_chunks()
+        num_bytes = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(int(num_bytes * fraction))
+        return body if fraction == 1 and len(body) == num_bytes else None
 
     def read_chunks(self) -> bytes:
         body = b""
