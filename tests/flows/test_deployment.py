@@ -10,9 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
@@ -26,6 +28,7 @@ from prefect.states import Cancelling
 from specforge_core.gpus import list_gpus
 from specforge_core.ledger import load_entry_record
 from tests.factory import gpu_entry, make_factory, tiny_entry
+from tests.test_security import LOOPBACK, listening
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -43,8 +46,8 @@ class Services(NamedTuple):
         command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
         return subprocess.run(command, env=self.env, cwd=REPOSITORY, capture_output=True, text=True)
 
-    def run(self, *options: str, deployment: str = "build") -> subprocess.CompletedProcess[str]:
-        return self.prefect("deployment", "run", f"specbundle/{deployment}", *options)
+    def run(self, *options: str, deployment: str = "specbundle/build") -> subprocess.CompletedProcess[str]:
+        return self.prefect("deployment", "run", deployment, *options)
 
 
 def free_port() -> int:
@@ -88,8 +91,87 @@ def test_a_deployment_run_builds_and_publishes(tmp_path: Path, services: Service
     manifest = make_factory(tmp_path)
     finished = services.run("-p", 'only=["tiny"]', "-p", f'manifest="{manifest}"', "--watch")
     assert finished.returncode == 0, finished.stdout + services.log.read_text()
-    published = {file.name for file in (tmp_path / ".specbundle/published/tiny").iterdir()}
-    assert published >= {"model.safetensors", "config.json", "README.md", "lineage.json"}
+    published = tmp_path / ".specbundle/published/tiny"
+    assert {file.name for file in published.iterdir()} >= {
+        "model.safetensors",
+        "config.json",
+        "README.md",
+        "lineage.json",
+    }
+
+    before = published.resolve()
+    again = services.run("-p", f'manifest="{manifest}"', "--watch", deployment="rebenchmark/run")
+    assert again.returncode == 0, again.stdout + services.log.read_text()
+    # The same engine on the same processor: nothing to renew.
+    assert published.resolve() == before
+
+
+def test_everything_that_is_started_listens_on_loopback_alone(services: Services) -> None:
+    found = listening(services.process)
+    ports = {int(port) for port in re.findall(r"http://127\.0\.0\.1:(\d+)", services.log.read_text())}
+    assert {port for _, port in found} >= ports
+    assert len(ports) == 2, "Prefect's and MLflow's"
+    assert {ip for ip, _ in found} <= LOOPBACK, found
+
+
+class Received(ThreadingHTTPServer):
+    """Keeps the texts that it is sent."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), ReceivedHandler)
+        self.texts: list[str] = []
+
+
+class ReceivedHandler(BaseHTTPRequestHandler):
+    server: Received
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.texts.append(json.loads(body)["text"])
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def webhook() -> Iterator[Received]:
+    server = Received()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_run_that_fails_calls_the_webhook_with_the_reason(
+    tmp_path: Path, services: Services, webhook: Received
+) -> None:
+    # As the file's own head says.
+    head = (REPOSITORY / "pools/automations.yaml").read_text().split("automations:")[0]
+    commands = "\n".join(line.removeprefix("#").strip() for line in head.splitlines() if line.startswith("#   "))
+    script = commands.replace("https://hooks.slack.com/services/...", f"http://127.0.0.1:{webhook.server_port}/hook")
+    assert f":{webhook.server_port}/hook" in script
+    script = script.replace("> automations.yaml", f"> {tmp_path}/automations.yaml")
+    script = script.replace("--from-file automations.yaml", f"--from-file {tmp_path}/automations.yaml")
+    env = services.env | {"PATH": f"{Path(sys.executable).parent}:{services.env['PATH']}"}
+    created = subprocess.run(["bash", "-ec", script], env=env, cwd=REPOSITORY, capture_output=True, text=True)
+    assert "Created 2 automation(s)" in created.stdout, created.stdout + created.stderr
+    assert f":{webhook.server_port}" not in (tmp_path / "automations.yaml").read_text(), "the address is a secret"
+
+    manifest = make_factory(tmp_path)
+    # One that nobody has published yet.
+    failed = services.run(
+        "-p", f'manifest="{manifest}"', "-p", 'only=["tiny"]', "--watch", deployment="rebenchmark/run"
+    )
+    assert failed.returncode == 1
+    wait_until(lambda: webhook.texts, 60)
+    (text,) = webhook.texts
+    assert text.startswith("rebenchmark tiny ")
+    assert "is Failed: 1 of 1 entries did not pass: tiny; tiny: ValueError: no draft of tiny is published" in text
+    assert "/runs/flow-run/" in text
 
 
 def test_a_deployment_run_with_a_failing_entry_exits_with_failure(tmp_path: Path, services: Services) -> None:
@@ -160,7 +242,7 @@ def run_recorded(tmp_path: Path, services: Services, env: dict[str, str]) -> lis
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
     job_env = json.dumps({"RECORDING": str(recording), **env})
     options = ["-p", f'manifest="{manifest}"', "--job-variable", f"env={job_env}", "--watch"]
-    finished = services.run(*options, deployment="recorded")
+    finished = services.run(*options, deployment="specbundle/recorded")
     # Benchmarks beside each other on a few cores disturb each other, so what the gates say of them is no matter here.
     outcomes = [load_entry_record(tmp_path / ".specbundle", entry["name"]).outcome for entry in entries]
     assert None not in outcomes, finished.stdout + finished.stderr + services.log.read_text()

@@ -3,6 +3,7 @@
 The nodes are two launchers on this machine, which meet as those of two machines do.
 """
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -25,7 +26,9 @@ from specforge_core.stages import TrainSpec
 from specforge_core.training.checkpoint import checkpoints
 from specforge_core.training.metrics import milestones
 from specforge_core.training.train import DRAFT_NAME, main, plan_training
+from tasks.stage import LOOPBACK as LOOPBACK_ONLY
 from tasks.stage import StageError, stage_command
+from tests.test_security import LOOPBACK, listening
 from tests.training.factory import make_gpu_spec, make_spec
 from tests.training.float64_training import curve
 
@@ -113,6 +116,23 @@ def test_two_processes_train_what_one_trains(parallel: dict[str, int], inputs: P
     _, errors = launcher.communicate(timeout=END_TIMEOUT_S)
     assert launcher.returncode == 0, errors
     assert_trained_like_one(make_spec(inputs), tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_processes_of_one_host_listen_on_loopback_but_for_the_store_of_torchrun(inputs: Path, tmp_path: Path):
+    spec = with_processes(make_spec(inputs), 2)
+    stage = command(spec, tmp_path / "two")
+    process = subprocess.Popen(stage, env=os.environ | LOOPBACK_ONLY | {"OMP_NUM_THREADS": "1"})
+    launcher, found = psutil.Process(process.pid), set[tuple[str, int]]()
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= listening(launcher)
+        time.sleep(0.05)
+    assert process.returncode == 0
+    # Both ranks meet over gloo.
+    assert len([ip for ip, _ in found if ip in LOOPBACK]) >= 2
+    # It takes no address to listen at, and holds addresses alone: see SECURITY.md.
+    assert len([ip for ip, _ in found if ip not in LOOPBACK]) == 1
 
 
 @pytest.mark.slow
