@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
@@ -232,7 +232,7 @@ def comparison_url(store: Path, *, port: int = PORT) -> str | None:
     if experiment is None:
         return None
     base = without_passwords(uri) if uri.startswith("http") else f"http://{HOST}:{port}"
-    return f"{base.rstrip('/')}/#/experiments/{experiment.experiment_id}/runs?{urlencode(COMPARISON)}"
+    return f"{base.rstrip('/')}/#/experiments/{experiment.experiment_id}/runs?{urlencode(COMPARISON, quote_via=quote)}"
 
 
 def start_run(experiment: str, name: str, *, store: Path, tags: Mapping[str, str]) -> TrackedRun:
