@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from specforge_core import gpus, process
+from specforge_core.benchmark import client
 from specforge_core.stages import ResolvedTarget
 from tests import tiny
 
@@ -22,6 +23,17 @@ def tiny_target_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_target(tiny_target_dir: Path) -> ResolvedTarget:
     return tiny.resolved(tiny_target_dir)
+
+
+@pytest.fixture(scope="session")
+def tracker_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a tracker with nothing in it, to be copied: making one takes a second."""
+    # So does importing MLflow, which most tests do without.
+    from tasks import tracking
+
+    database = tmp_path_factory.mktemp("tracked") / "mlflow.db"
+    tracking.mlflow_client(f"sqlite:///{database}").search_experiments()
+    return database
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,8 +52,8 @@ def _nothing_is_ending() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _short_waits() -> None:
-    # Between two looks at a child or at a device, which are there at once in tests.
-    process.POLL_S = gpus.POLL_S = 0.02
+    # Children and devices are there at once in tests, and servers again.
+    process.POLL_S = gpus.POLL_S = client.BACKOFF_S = 0.02
 
 
 def pytest_collection_finish() -> None:

@@ -179,6 +179,13 @@ def test_backward_kernels_belong_to_the_part_of_their_forward_operation(tmp_path
     assert parts_of_trace(events) == {"projections": 3.0, "feed-forward": 1.0, "head": 1.0, "other": 0.5}
 
 
+@pytest.fixture
+def _memory_is_plenty(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Looking for some takes a quarter of a second beside all that a whole suite has imported.
+    monkeypatch.setattr("specforge_core.training.bench.run.release_memory", lambda: None)
+
+
+@pytest.mark.usefixtures("_memory_is_plenty")
 def test_a_path_without_memory_is_tried_on_half_of_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = PATHS["ours"]
 
@@ -197,6 +204,7 @@ def test_a_path_without_memory_is_tried_on_half_of_the_tokens(monkeypatch: pytes
     assert [(row.num_tokens, row.status) for row in rows] == [(64, OUT_OF_MEMORY), (32, "measured")]
 
 
+@pytest.mark.usefixtures("_memory_is_plenty")
 def test_a_path_that_fails_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(draft: Any, device: torch.device) -> TrainingPath:
         def step(batch: Any) -> torch.Tensor:
