@@ -21,10 +21,14 @@ from uuid import UUID
 
 import psutil
 import pytest
+import yaml
 from prefect.client.orchestration import get_client
+from prefect.events import emit_event
+from prefect.events.related import tags_as_related_resources
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelling
+from prefect.states import Cancelling, Running
 
+from flows.specbundle import specbundle
 from specforge_core.gpus import list_gpus
 from specforge_core.ledger import load_entry_record
 from tests.factory import gpu_entry, make_factory, tiny_entry
@@ -199,6 +203,37 @@ def test_a_cancelled_run_leaves_no_stage_behind(tmp_path: Path, services: Servic
     state = asyncio.run(cancel(services.env["PREFECT_API_URL"], UUID(found[1])))
     assert state == "CANCELLED"
     assert stages() == []
+
+
+def test_a_run_that_falls_silent_becomes_crashed(tmp_path: Path, services: Services) -> None:
+    (_, lost) = yaml.safe_load((REPOSITORY / "pools/automations.yaml").read_text())["automations"]
+    # Ten minutes are long; ten seconds are the least that Prefect takes.
+    (tmp_path / "lost.yaml").write_text(yaml.safe_dump(lost | {"trigger": lost["trigger"] | {"within": 10}}))
+    created = services.prefect("automation", "create", "--from-file", str(tmp_path / "lost.yaml"))
+    assert created.returncode == 0, created.stdout + created.stderr
+
+    async def run_and_fall_silent() -> list[str]:
+        """States of a run that is heard of once, and of one that nobody expects to hear of."""
+        async with get_client() as client:
+            runs = [
+                await client.create_flow_run(specbundle, state=Running(), tags=tags) for tags in (["specbundle"], [])
+            ]
+            for run, tags in zip(runs, ({"specbundle"}, set()), strict=True):
+                emit_event(
+                    "prefect.flow-run.heartbeat",
+                    resource={"prefect.resource.id": f"prefect.flow-run.{run.id}"},
+                    related=tags_as_related_resources(tags),
+                )
+            for _ in range(300):
+                states = [(await client.read_flow_run(run.id)).state for run in runs]
+                names = [state.name for state in states if state]
+                if names[0] != "Running":
+                    break
+                await asyncio.sleep(0.2)
+            return names
+
+    with temporary_settings({PREFECT_API_URL: services.env["PREFECT_API_URL"]}):
+        assert asyncio.run(run_and_fall_silent()) == ["Crashed", "Running"]
 
 
 def test_every_pool_and_deployment_of_the_fleet_is_one_that_a_server_takes(services: Services) -> None:
