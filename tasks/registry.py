@@ -46,12 +46,16 @@ logger = logging.getLogger(__name__)
 Status = Literal["candidate", "published", "rejected", "rolled-back"]
 
 MODEL_PREFIX = "specbundle."
+OURS = f"name LIKE '{MODEL_PREFIX}%'"
+"""As MLflow is asked for them."""
 CHAMPION, CANDIDATE = "champion", "candidate"
 DRAFT_TAG, SETTING_TAG = "export.content_id", "setting"
 BASELINE_PREFIX = "baseline/"
 MAX_MODELS = 1000
 """MLflow's limit of one request."""
 MAX_REASON_CHARACTERS = 160
+COLORS = "#4e79a7 #f28e2b #59a14f #e15759 #76b7b2 #b07aa1 #9c755f #edc948 #ff9da7 #bab0ac".split()
+"""Tableau's ten."""
 DESCRIPTION = "Drafts of one entry; `champion` is what users get. A version's run has its report."
 
 
@@ -105,7 +109,7 @@ def champions(store: Path) -> dict[str, DraftVersion]:
     """The champion of every entry that has one; none of them, with a warning, if the registry cannot be asked."""
     found: dict[str, DraftVersion] = {}
     with never_fails(tracking_uri(store)):
-        for model in _client(store).search_registered_models(f"name LIKE '{MODEL_PREFIX}%'", max_results=MAX_MODELS):
+        for model in _client(store).search_registered_models(OURS, max_results=MAX_MODELS):
             if champion := registered(model.name.removeprefix(MODEL_PREFIX), store=store).champion:
                 found[champion.entry] = champion
     return found
@@ -190,6 +194,7 @@ def register(build: EntryBuild, report: EntryReport) -> DraftVersion | None:
             tags["status"] = "rejected" if report.failures else "candidate"
         if before is None:
             _ensure_model(client, name)
+            tags["color"] = COLORS[len(client.search_model_versions(OURS)) % len(COLORS)]
             made = client.create_model_version(name, f"runs:/{run.run_id}/{entry}.json", run.run_id, tags=tags)
             number = int(made.version)
         else:
@@ -200,7 +205,10 @@ def register(build: EntryBuild, report: EntryReport) -> DraftVersion | None:
                 # The chart of all drafts shows each of them once.
                 client.set_tag(before.run_id, SHOWN_TAG, "false")
         client.update_model_version(name, str(number), "\n\n".join(f.message for f in report.failures) or "passed")
-        client.update_run(run.run_id, name=f"{entry} v{number}")
+        # As the comparison page tells drafts apart: it would give two runs one colour.
+        client.update_run(run.run_id, name=f"{entry} v{number}{' (rejected)' if report.failures else ''}")
+        color = client.get_model_version(name, str(number)).tags["color"]
+        client.set_tag(run.run_id, "mlflow.runColor", color)
         if not report.failures and (known.champion is None or known.champion.number != number):
             client.set_registered_model_alias(name, CANDIDATE, str(number))
         return registered(entry, store=build.store).of_draft(draft)

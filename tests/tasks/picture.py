@@ -18,6 +18,12 @@ DRAWN = """
 const charts = [...document.querySelectorAll('.js-plotly-plot')];
 return charts.length > 3 && charts.every(chart => chart.querySelector('.bars path, .scatterlayer path'));
 """
+# Shown under a pointer alone, which this browser does not have.
+HIDE_TOOLS = """
+const style = document.createElement('style');
+style.textContent = '.modebar {display: none}';
+document.head.append(style);
+"""
 # The page opens a panel of its own beside the charts.
 CLOSE_PANEL = """
 const close = document.querySelector('[data-component-id="mlflow.assistant.chat_panel.close"]');
@@ -41,6 +47,7 @@ def main() -> None:
         browser.driver.get(url)
         browser.wait_for(DRAWN)
         browser.run(CLOSE_PANEL)
+        browser.run(HIDE_TOOLS)
         # Closing gives the charts more room, which they take in steps.
         time.sleep(3)
         browser.wait_for(DRAWN)

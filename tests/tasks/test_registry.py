@@ -160,6 +160,18 @@ def test_the_same_draft_built_again_is_the_same_version_measured_again(factory: 
     assert champion.promoted_at == first.promoted_at
 
 
+def test_drafts_are_told_apart_on_the_comparison_page_by_name_and_colour(factory: Factory) -> None:
+    versions = [factory.publish("d1"), factory.publish("d2"), factory.publish("d3", entry="other")]
+    build = factory.build()
+    register(build, factory.report(build, "d2", failures=(TOO_SLOW,)))
+    runs = [factory.client.get_run(run_id) for run_id in [*(one.run_id for one in versions), build.tracking.run_id]]
+    assert [run.info.run_name for run in runs] == ["demo v1", "demo v2", "other v1", "demo v2 (rejected)"]
+    colors = [run.data.tags["mlflow.runColor"] for run in runs]
+    assert len(set(colors[:3])) == 3
+    # The second run of a draft takes the place of the first.
+    assert colors[3] == colors[1]
+
+
 def test_a_rejected_draft_is_kept_with_what_it_failed_and_moves_nothing(factory: Factory) -> None:
     factory.publish("d1")
     build = factory.build()
@@ -174,6 +186,7 @@ def test_a_rejected_draft_is_kept_with_what_it_failed_and_moves_nothing(factory:
     assert factory.champion() == 2
 
 
+@pytest.mark.slow
 def test_a_champion_that_fails_a_gate_when_it_is_measured_again_stays_the_champion(factory: Factory) -> None:
     factory.publish("d1")
     build = factory.build()
@@ -232,6 +245,7 @@ def test_a_rollback_goes_to_the_champion_before_and_twice_to_the_one_before_that
     assert factory.roll_back() == 1
 
 
+@pytest.mark.slow
 def test_the_champion_before_is_the_one_that_was_promoted_before_whatever_its_number(factory: Factory) -> None:
     factory.publish("d1")
     factory.publish("d2")
@@ -255,6 +269,7 @@ def test_no_build_publishes_again_what_was_rolled_back_but_a_person_may(factory:
     assert factory.roll_back() == 1
 
 
+@pytest.mark.slow
 def test_a_rollback_over_several_undoes_all_that_were_promoted_since(factory: Factory) -> None:
     for draft in ("d1", "d2", "d3"):
         factory.publish(draft)
@@ -274,6 +289,7 @@ def test_a_rollback_that_was_cut_short_is_completed_by_the_next(factory: Factory
     assert factory.roll_back() == 1
 
 
+@pytest.mark.slow
 def test_a_rollback_that_was_cut_short_can_be_called_off(factory: Factory) -> None:
     factory.publish("d1")
     factory.publish("d2")
@@ -334,6 +350,7 @@ def test_the_password_of_a_registry_is_in_no_message(
     assert "hunter2" not in unknown + caplog.text + "".join(capfd.readouterr())
 
 
+@pytest.mark.slow
 def test_a_draft_whose_report_the_tracker_lost_is_not_registered(factory: Factory) -> None:
     factory.publish("d1")
     build = factory.build()
@@ -364,6 +381,7 @@ def test_a_registry_that_answers_again_is_used_again(factory: Factory) -> None:
     assert factory.client.get_run(build.tracking.run_id).data.metrics == {"kept": 1.0}
 
 
+@pytest.mark.slow
 def test_a_model_or_version_that_somebody_made_by_hand_is_left_alone(factory: Factory) -> None:
     build = factory.build()
     factory.client.create_registered_model("specbundle.demo")

@@ -109,6 +109,7 @@ def test_the_folder_is_the_older_draft_again_and_twice_the_one_before(factory: F
     assert (factory.weights, factory.champion) == (3, 3)
 
 
+@pytest.mark.slow
 def test_the_last_build_counts_as_rejected_after_its_draft_was_rolled_back(factory: Factory) -> None:
     factory.publish(1)
     factory.publish(2)
@@ -141,6 +142,7 @@ def test_the_hub_gets_one_commit_with_the_older_files_and_the_champions_tag(
     assert (champion.number, champion.revision, champion.repository) == (1, head, "specbundle/demo")
 
 
+@pytest.mark.slow
 def test_a_hub_that_fails_leaves_the_newer_draft_there_and_the_next_try_completes_it(
     on_hub: Factory, hub_server: server.Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +164,7 @@ def test_a_hub_that_fails_leaves_the_newer_draft_there_and_the_next_try_complete
     assert repository.head.oid == repository.tags["champion"] != second.revision
 
 
+@pytest.mark.slow
 def test_without_the_right_to_write_nothing_changes(on_hub: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
     on_hub.publish(1)
     on_hub.publish(2)
@@ -172,7 +175,7 @@ def test_without_the_right_to_write_nothing_changes(on_hub: Factory, monkeypatch
     assert [version.status for version in registered("demo", store=on_hub.store).versions] == ["published"] * 2
 
 
-@pytest.mark.parametrize("damage", ["gone", "changed"])
+@pytest.mark.parametrize("damage", ["changed", pytest.param("gone", marks=pytest.mark.slow)])
 def test_a_draft_that_is_no_longer_in_the_store_is_refused_before_anything_changes(
     factory: Factory, damage: str
 ) -> None:
