@@ -127,6 +127,30 @@ def test_from_the_hub_at_its_commit_and_nothing_that_could_run(
     assert all(later.oid in call for call in hub_server.calls if "/resolve/" in call)
 
 
+@pytest.mark.parametrize("name", ["../../../evil.json", "/evil.json", "a/../../../../evil.json"])
+def test_a_name_in_the_hubs_listing_leads_nowhere_else(
+    tmp_path: Path, artifacts: BuildArtifacts, hub_server: server.Hub, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub_server.url)
+    monkeypatch.setenv("HF_TOKEN", server.TOKEN)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    storage = hub_server.storage
+    repository = storage.create("model", "specbundle/demo")
+    commit = storage.add_commit(repository, {name: storage.regular_file(b"{}")}, title="as a git server may hold it")
+    published = Published(
+        path=tmp_path,
+        content_id="c",
+        changed=True,
+        repository="specbundle/demo",
+        revision=commit.oid,
+        url=hub_server.url,
+    )
+    with pytest.raises(ValueError, match="Invalid filename"):
+        restored(hub_build(tmp_path / "built"), published, artifacts)
+    assert list(tmp_path.rglob("evil.json")) == []
+    assert not Path("/evil.json").exists()
+
+
 def test_a_hub_out_of_reach_is_said_without_the_token(
     tmp_path: Path, artifacts: BuildArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
