@@ -163,10 +163,11 @@ def find_measured(
     benches: Sequence[TrainingBench], servings: Sequence[ServingRates], wanted: Hardware | None
 ) -> Hardware | None:
     """The GPU to scale from; None if none has all that is needed."""
-    complete = {_gpu(bench) for bench in benches if any(bench.step_rows)} & {
-        _gpu(serving)
-        for serving in servings
-        if {"capture", "regenerate"} <= {comparison.stage for comparison in serving.comparisons}
+    served = {(_gpu(serving), comparison.stage) for serving in servings for comparison in serving.comparisons}
+    complete = {
+        _gpu(bench)
+        for bench in benches
+        if any(bench.step_rows) and served >= {(_gpu(bench), "capture"), (_gpu(bench), "regenerate")}
     }
     if wanted in complete:
         return wanted
