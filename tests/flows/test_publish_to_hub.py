@@ -11,6 +11,8 @@ from flows import draft
 from flows.specbundle import specbundle
 from flows.summary import BuildSummary
 from specforge_core.artifacts import BuildArtifacts
+from specforge_core.facts import Published, Withheld
+from specforge_core.ledger import load_entry_record
 from tasks.publish import TOKEN_BLOCK, open_hub
 from tests import made_build
 from tests.factory import make_factory, tiny_entry
@@ -70,3 +72,10 @@ def test_an_entry_that_may_not_be_written_fails_before_its_first_stage_and_stops
     )
     (row,) = state.result(raise_on_failure=False).rows
     assert row.status == "published"
+    # After a dry run it still is.
+    stages.fakes["tiny"].answers["publish"] = Withheld(plan=tmp_path / "plan.json")
+    asked = {"only": ["tiny"], "publish_to": "directory", "dry_run": True}
+    state = specbundle(manifest=manifest, store=tmp_path / "store", return_state=True, **asked)
+    (row,) = state.result(raise_on_failure=False).rows
+    assert (row.status, row.detail) == ("passed", f"not published, as asked; {tmp_path / 'plan.json'}")
+    assert isinstance(load_entry_record(tmp_path / "store", "tiny").outcome, Published)
