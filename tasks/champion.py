@@ -25,11 +25,12 @@ def champion(build: EntryBuild, version: DraftVersion, report: EntryReport) -> B
     entry, recorded = build.recipe.entry, recorded_artifacts(report, build.store)
     folder = _download(version) if version.repository else build.store / entry.publish.directory / entry.name
     draft = restore_draft(folder, recorded.draft, build.store)
-    for artifact in recorded[:-1]:
+    run_logger().info("version %d of %s is whole in %s", version.number, entry.name, folder)
+    found = recorded._replace(draft=draft, conversations=_conversations(build, recorded.conversations))
+    for artifact in found[:-1]:
         # What the entry rests on from now: its reports speak of these, whatever was built and rejected since.
         record_stage(build.store, entry.name, stage=artifact.stage, key=artifact.key)
-    run_logger().info("version %d of %s is whole in %s", version.number, entry.name, folder)
-    return recorded._replace(draft=draft, conversations=_conversations(build, recorded.conversations))
+    return found
 
 
 def _download(version: DraftVersion) -> Path:
