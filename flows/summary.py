@@ -94,7 +94,8 @@ def row_of_outcome(name: str, outcome: Outcome, *, store: Path, elapsed_s: float
     if isinstance(outcome, Published):
         status, detail = "published", f"{outcome.url or outcome.path}{'' if outcome.changed else ' (unchanged)'}"
     elif isinstance(outcome, Rejected):
-        status, detail = "rejected", "; ".join(failure.message for failure in outcome.failures)
+        first, *others = outcome.failures
+        status, detail = "rejected", first.message + (f" (and {len(others)} more, in its report)" if others else "")
     else:
         status, detail = "passed", f"not published, as asked{f'; {outcome.plan}' if outcome.plan else ''}"
     benchmark = last_artifact(Store(store), name, "benchmark")

@@ -207,7 +207,7 @@ def register(build: EntryBuild, report: EntryReport) -> DraftVersion | None:
         client.update_model_version(name, str(number), "\n\n".join(f.message for f in report.failures) or "passed")
         # As the comparison page tells drafts apart: it would give two runs one colour.
         client.update_run(run.run_id, name=f"{entry} v{number}{' (rejected)' if report.failures else ''}")
-        color = client.get_model_version(name, str(number)).tags["color"]
+        color = client.get_model_version(name, str(number)).tags.get("color", COLORS[number % len(COLORS)])
         client.set_tag(run.run_id, "mlflow.runColor", color)
         if not report.failures and (known.champion is None or known.champion.number != number):
             client.set_registered_model_alias(name, CANDIDATE, str(number))

@@ -46,8 +46,6 @@ HOST, PORT = "127.0.0.1", 5000
 SHOWN_TAG = "specbundle.shown"
 """`true` on the runs that the comparison page charts: each draft once, as it was measured last."""
 
-# Without it the page takes the runs for those of an assistant.
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 COMPARISON = {
     "compareRunsMode": "CHART",
     "searchFilter": f"tags.`{SHOWN_TAG}` = 'true' and attributes.status != 'FAILED'",
@@ -258,7 +256,7 @@ def _experiment_id(client: MlflowClient, name: str, store: Path) -> str:
         # A server decides for itself where its artifacts lie.
         is_local = client.tracking_uri.startswith("sqlite:")
         location = (store.absolute() / "mlflow" / name).as_uri() if is_local else None
-        return str(client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS))
+        return str(client.create_experiment(name, artifact_location=location))
 
 
 class _MetricsFile:
@@ -309,14 +307,14 @@ def result_metrics(result: BenchmarkResult) -> dict[str, float]:
 
 
 def result_curves(result: BenchmarkResult) -> dict[str, dict[int, float]]:
-    """By name, the values by step: `positions/<suite>`, whose steps are draft positions, and of a sweep
+    """By name, the values by step: `suites/by_position/<suite>`, whose steps are draft positions, and of a sweep
     `throughput/<chain>` (output tokens/s, `without-draft` for the target alone) and `speedup_at/<chain>`, whose steps
     are concurrencies."""
     curves: dict[str, dict[int, float]] = {}
     for measurement in result.measurements:
         shares = [accepted / measurement.num_verify_steps for accepted in measurement.accepted_by_position]
         name = _measurement_name(measurement, result)
-        curves[f"positions/{name}"] = dict(enumerate(shares, start=1))
+        curves[f"suites/by_position/{name}"] = dict(enumerate(shares, start=1))
     for point in result.sweep:
         chain, concurrency = point.serving.chain(), point.serving.concurrency
         alone = [other for other in result.sweep if other.serving.concurrency == concurrency]

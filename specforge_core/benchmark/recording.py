@@ -74,7 +74,7 @@ def announce(figures: Measurement | SweepPoint, workload: Workload, out: Path) -
             figures.speedup,
             figures.acceptance_length,
         )
-    curve = f"benchmark/{workload.suite}/{workload.serving.chain()}"
+    curve = f"suites/{workload.suite}/{workload.serving.chain()}"
     line = {
         "step": workload.serving.concurrency,
         f"{curve}/acceptance_length": figures.acceptance_length,

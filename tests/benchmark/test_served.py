@@ -104,7 +104,7 @@ def test_sums_are_those_of_the_answers_and_every_answer_is_recorded(run, tmp_pat
     assert set(result.servers) == {"baseline", "3-1-4", "2-1-3"}
     curve = [json.loads(line) for line in (tmp_path / METRICS_NAME).read_text().splitlines()]
     assert [line["step"] for line in curve] == [1, 2, 1], "concurrency; by chain"
-    assert "benchmark/arithmetic/3-1-4/speedup" in curve[0]
+    assert "suites/arithmetic/3-1-4/speedup" in curve[0]
 
 
 def test_servers_differ_in_the_draft_alone_and_each_chain_is_started_once(run, tmp_path):

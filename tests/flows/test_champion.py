@@ -86,6 +86,7 @@ def test_a_worse_draft_is_rejected_and_kept_and_users_keep_the_champion(bundle: 
         "acceptance length 2.73 on math with 3-1-4 at concurrency 1, the champion (version 1) has 3.00: "
         "-9.1% (-9.1% to -9.1%), -5.0% is allowed" in row.detail
     )
+    assert row.detail.endswith("or raise max_regression (and 1 more, in its report)")
     assert (bundle.users_get, bundle.statuses()) == ((1, 1), ["published", "rejected"])
     assert (bundle.store / "export/key-2/model.safetensors").is_file()
     report = load_report(bundle.store / "reports/demo.json")

@@ -10,10 +10,10 @@ from tempfile import TemporaryDirectory
 
 from tasks.tracking import comparison_url, tracking_uri
 from tests.site.browser import open_browser
-from tests.site.pictures import ROOT, shrink
+from tests.site.pictures import ROOT
 from tests.tasks.mlflow_page import mlflow_page
 
-WIDTH, HEIGHT, SCALE = 1500, 1120, 1.0
+WIDTH, HEIGHT, SCALE = 1500, 1000, 1.0
 DRAWN = """
 const charts = [...document.querySelectorAll('.js-plotly-plot')];
 return charts.length > 3 && charts.every(chart => chart.querySelector('.bars path, .scatterlayer path'));
@@ -52,7 +52,6 @@ def main() -> None:
         time.sleep(3)
         browser.wait_for(DRAWN)
         browser.picture(args.out)
-    shrink(args.out)
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def test_a_sweep_is_curves_over_the_concurrency_and_acceptance_one_over_the_posi
     steps, values = zip(*curve(run, "speedup_at/2-1-3"), strict=True)
     assert steps == (1, 8, 16, 32)
     assert values == pytest.approx((295 / 155, 1470 / 1130, 1.0, 3800 / 4200))
-    assert curve(run, "positions/math") == [(1, 0.9), (2, 0.7), (3, 0.4)]
+    assert curve(run, "suites/by_position/math") == [(1, 0.9), (2, 0.7), (3, 0.4)]
     assert curve(run, "accept_length/math") == [(0, 3.0)]
 
 
