@@ -13,7 +13,6 @@ The alias moves last, so a kill before leaves the old champion, and doing the sa
 """
 
 import contextlib
-import logging
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -40,8 +39,6 @@ from tasks.tracking import (
     tracking_works,
     without_passwords,
 )
-
-logger = logging.getLogger(__name__)
 
 Status = Literal["candidate", "published", "rejected", "rolled-back"]
 
