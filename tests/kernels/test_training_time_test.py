@@ -91,14 +91,16 @@ MASKS = ["PPPAAAAAAAAAAAAAAAAAA", "PAAPPPAAAAAAA", "PPPPPPP", "AAAAAAAAAA"]
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are compiled")
 @pytest.mark.parametrize(
-    "config", [{}, pytest.param({"fc_norm": True, "norm_output": True}, marks=pytest.mark.slow)], ids=str
+    ("num_steps", "config"),
+    [(2, {}), pytest.param(3, {"fc_norm": True, "norm_output": True}, marks=pytest.mark.slow)],
+    ids=str,
 )
-def test_kernels_in_the_interpreter_equal_the_reference_in_float64(config: dict[str, bool]):
-    draft = make_draft(64, 50, num_steps=3, **config)
+def test_kernels_in_the_interpreter_equal_the_reference_in_float64(num_steps: int, config: dict[str, bool]):
+    draft = make_draft(64, 50, num_steps=num_steps, **config)
     batch = make_batch(draft, MASKS)
     expected, expected_grads = exact(draft, batch)
     index = index_rows(
-        batch.loss_mask_T, batch.document_ids_T, batch.teaching_U, num_steps=3, rows_per_pass=24, bucket=8
+        batch.loss_mask_T, batch.document_ids_T, batch.teaching_U, num_steps=num_steps, rows_per_pass=24, bucket=8
     )
     assert len(index.passes) == 2
     prepared = as_dtype(batch, torch.float32)._replace(rows=index)

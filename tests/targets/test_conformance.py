@@ -199,6 +199,7 @@ def test_a_killed_stage_goes_on_behind_its_finished_shards_and_leaves_nothing_in
     check_same(killed, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_inside_the_hook_ends_the_stage_with_its_message(
     tmp_path: Path, tiny_target_dir: Path, tiny_target: ResolvedTarget
 ) -> None:
