@@ -1,7 +1,8 @@
-"""Run the stage with a slow scripted backend, to be killed: python -m tests.data.interrupted_regenerate SPEC OUT"""
+"""The stage with a slow scripted backend, to be killed."""
 
-import sys
 from pathlib import Path
+
+import datasets
 
 from specforge_core.data.regenerate import regenerate
 from specforge_core.stages import RegenerateSpec
@@ -13,6 +14,7 @@ def answer(question: str) -> str:
     return f"You asked: {question}" + "!" * (len(question) % 5)
 
 
-if __name__ == "__main__":
-    spec = RegenerateSpec.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    regenerate(spec, ScriptedTarget(answer, delay_s=0.1), TOKENIZER, Path(sys.argv[2]))
+def regenerate_slowly(spec: RegenerateSpec, out: Path, cache: Path) -> None:
+    """Run the stage in a process of its own. Args: cache: of data sets."""
+    datasets.config.HF_DATASETS_CACHE = cache
+    regenerate(spec, ScriptedTarget(answer, delay_s=0.1), TOKENIZER, out)

@@ -1,8 +1,4 @@
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,9 +14,10 @@ from specforge_core.stages import RegenerateSpec, ResolvedTarget
 from specforge_core.targets import Completion, GenerationRequest
 from tests import tiny
 from tests.data.interrupted_regenerate import answer as scripted_answer
+from tests.data.interrupted_regenerate import regenerate_slowly
 from tests.data.scripted_target import END, START, TOKENIZER, ScriptedTarget, make_spec, text_ids, write_rows
+from tests.processes import start
 
-REPOSITORY = Path(__file__).parents[2]
 SYSTEM = {"role": "system", "content": "be kind"}
 
 
@@ -150,22 +147,17 @@ def test_a_source_without_prompts_is_refused(tmp_path: Path) -> None:
 def test_a_run_killed_without_warning_goes_on_and_gives_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
     rows = [{"turns": [f"question {i}"] + ["and then?"] * (i % 3)} for i in range(40)]
     spec = make_spec(write_rows(tmp_path / "p.jsonl", rows))
-    (tmp_path / "spec.json").write_text(spec.model_dump_json(), encoding="utf-8")
     killed = tmp_path / "killed"
-    child = subprocess.Popen(
-        [sys.executable, "-m", "tests.data.interrupted_regenerate", str(tmp_path / "spec.json"), str(killed)],
-        cwd=REPOSITORY,
-        env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "child-cache")},
-    )
+    child = start(regenerate_slowly, spec, killed, tmp_path / "child-cache")
     journal = killed / PROGRESS_DIRECTORY / JOURNAL_NAME
     deadline = time.monotonic() + 60
     # The key and three batches of four; 79 answers are to come.
     while not journal.exists() or len(journal.read_bytes().splitlines()) < 13:
-        assert child.poll() is None, "the child ended before it could be killed"
+        assert child.is_alive(), "the child ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.kill()
+    child.join()
     done_before = {line["id"] for line in journal_lines(killed)[1:]}
     assert 12 <= len(done_before) < 79
     # As if the kill had come in the middle of a write.
