@@ -58,7 +58,7 @@ def recorded_checks(rates: Rates) -> list[Check]:
         "training pass": rates.passes,
         "float8 training pass": rates.float8_passes,
         "request of capture": rates.captures,
-        "token of an answer": rates.tokens,
+        "answer": rates.answers,
     }
     checks = [check for kind, points in kinds.items() for check in held_out(kind, points)]
     memory = held_out("memory of a training pass", rates.activation_bytes)

@@ -37,6 +37,21 @@ class ExpectedConversations(NamedTuple):
         return sum(map(count_answer_tokens, self.sample)) / len(self.sample)
 
     @property
+    def answers_each(self) -> float:
+        """Turns, on average."""
+        return sum(map(len, self.sample)) / len(self.sample)
+
+    @property
+    def answer_tokens(self) -> float:
+        """Of one answer, on average."""
+        return self.answer_tokens_each / self.answers_each
+
+    @property
+    def prompt_tokens(self) -> float:
+        """That come before one answer and after the one before it, on average."""
+        return (self.tokens_each - self.answer_tokens_each) / self.answers_each
+
+    @property
     def num_tokens(self) -> float:
         """All together."""
         return self.num_conversations * self.tokens_each

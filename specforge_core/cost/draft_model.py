@@ -4,14 +4,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from specforge_core.cost.target_model import BYTES, TargetModel
-from specforge_core.manifest_sections import DraftConfig, FeatureDtype
+from specforge_core.manifest_sections import DraftConfig, FeatureDtype, TrainingConfig
 from specforge_core.training.bench.lengths import Conversation, Turn
 from specforge_core.training.bench.shapes import RowCounts, Shape
 
 NUM_AUX_LAYERS = 3
 MASTER_BYTES = 4
-OPTIMIZER_BYTES = 2 * MASTER_BYTES
-"""Of AdamW's two moments, for each weight."""
+MOMENT_BYTES = 4
+"""Of each weight: AdamW keeps two moments, Muon one."""
+NEWTON_SCHULZ_STEPS = 5
+"""Of `torch.optim.Muon`."""
 COMPUTE_BYTES = 2
 IDS_BYTES = 4 + 1
 """Of a stored token: its id and whether it is supervised."""
@@ -41,12 +43,40 @@ def draft_shape(draft: DraftConfig, config: Mapping[str, Any], target: TargetMod
     )
 
 
+def layer_matrices(shape: Shape) -> tuple[tuple[int, int], ...]:
+    """(rows, columns) of `fc` and of one decoder layer over two inputs: q, k, v, o, gate, up, down."""
+    heads_width, kv_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    return (
+        (shape.width, NUM_AUX_LAYERS * shape.width),
+        *((rows, 2 * shape.width) for rows in (heads_width, kv_width, kv_width)),
+        (shape.width, heads_width),
+        *((shape.intermediate_size, shape.width) for _ in ("gate", "up")),
+        (shape.width, shape.intermediate_size),
+    )
+
+
 def num_parameters(shape: Shape) -> int:
-    """Trained weights, without the norms: `fc`, one decoder layer over two inputs, and the head."""
-    heads_width, kv_width = shape.num_heads * shape.head_dim, 2 * shape.num_kv_heads * shape.head_dim
-    fc = NUM_AUX_LAYERS * shape.width**2
-    attention = 2 * shape.width * (heads_width + kv_width) + heads_width * shape.width
-    return fc + attention + 3 * shape.width * shape.intermediate_size + shape.width * shape.draft_vocab_size
+    """Trained weights, without the norms: those matrices, and the head."""
+    return sum(rows * columns for rows, columns in layer_matrices(shape)) + shape.width * shape.draft_vocab_size
+
+
+def num_muon_parameters(shape: Shape, training: TrainingConfig) -> int:
+    """Of them, those that Muon trains; the others are AdamW's."""
+    return sum(rows * columns for rows, columns in layer_matrices(shape)) if training.optimizer == "muon" else 0
+
+
+def muon_flops(shape: Shape) -> float:
+    """Of the Newton-Schulz steps of all matrices, in one step of the optimizer.
+
+    With X of m rows and n >= m columns, each takes A = X X^T (2 m^2 n), b A + c A A (2 m^3), and that times X.
+    """
+    sizes = [(min(matrix), max(matrix)) for matrix in layer_matrices(shape)]
+    return NEWTON_SCHULZ_STEPS * sum(4.0 * m**2 * n + 2 * m**3 for m, n in sizes)
+
+
+def optimizer_bytes(shape: Shape, training: TrainingConfig) -> int:
+    """Of the optimizers' state."""
+    return MOMENT_BYTES * (2 * num_parameters(shape) - num_muon_parameters(shape, training))
 
 
 def frozen_bytes(shape: Shape) -> int:
@@ -54,9 +84,9 @@ def frozen_bytes(shape: Shape) -> int:
     return COMPUTE_BYTES * shape.width * (shape.vocab_size + shape.draft_vocab_size)
 
 
-def checkpoint_bytes(shape: Shape) -> int:
-    """Of one checkpoint: float32 weights and the optimizer's state."""
-    return (MASTER_BYTES + OPTIMIZER_BYTES) * num_parameters(shape)
+def checkpoint_bytes(shape: Shape, training: TrainingConfig) -> int:
+    """Of one checkpoint: float32 weights and the optimizers' state."""
+    return MASTER_BYTES * num_parameters(shape) + optimizer_bytes(shape, training)
 
 
 def feature_bytes(width: int, dtype: FeatureDtype, num_tokens: float, num_teaching: float) -> float:

@@ -7,9 +7,10 @@ from pathlib import Path
 from specforge_core.artifacts import Store
 from specforge_core.cost.configs import ConfigReader
 from specforge_core.cost.draft_model import num_parameters
-from specforge_core.cost.estimate import STAGES, EntryCost, Job, StageCost, make_job
+from specforge_core.cost.estimate import STAGES, EntryCost, StageCost
 from specforge_core.cost.fit import problems
 from specforge_core.cost.hardware import find_hardware
+from specforge_core.cost.job import Job, make_job
 from specforge_core.cost.rates import load_rates
 from specforge_core.cost.target_model import target_model
 from specforge_core.manifest import ManifestEntry

@@ -1,35 +1,29 @@
 """What each stage of an entry takes on named hardware: tokens, bytes, time, memory. Torch-free."""
 
 import math
-from typing import NamedTuple
 
 from pydantic import computed_field
 
-from specforge_core.artifacts import Store
 from specforge_core.benchmark.sweep import SWEEP_ROUNDS, sweep_servings
-from specforge_core.cost.configs import ConfigReader, hub_facts
-from specforge_core.cost.conversations import ExpectedConversations, expected_conversations
+from specforge_core.cost.configs import hub_facts
 from specforge_core.cost.draft_model import (
     COMPUTE_BYTES,
     MASTER_BYTES,
-    OPTIMIZER_BYTES,
-    add_counts,
     checkpoint_bytes,
-    count_conversation,
-    cut,
-    draft_shape,
     feature_bytes,
     frozen_bytes,
+    muon_flops,
+    num_muon_parameters,
     num_parameters,
+    optimizer_bytes,
 )
-from specforge_core.cost.hardware import GPUS_PER_HOST, NETWORK_BYTES_PER_S, Hardware
-from specforge_core.cost.rates import ADAMW_BYTES, Rates, fit_line
-from specforge_core.cost.serving import ServerShape
-from specforge_core.cost.target_model import target_model
+from specforge_core.cost.hardware import GPUS_PER_HOST, NETWORK_BYTES_PER_S
+from specforge_core.cost.job import Job
+from specforge_core.cost.rates import ADAMW_BYTES, fit_line
+from specforge_core.cost.serving import Answer
 from specforge_core.cost.units import duration, quantity
 from specforge_core.facts import Record
-from specforge_core.manifest import ManifestEntry
-from specforge_core.training.bench.shapes import RowCounts, Shape, useful_flops
+from specforge_core.training.bench.shapes import useful_flops
 
 CONVERSATION_BYTES_PER_TOKEN = 10
 """Its text, its id in 32 bits and the mask, in Parquet: an upper bound."""
@@ -39,8 +33,17 @@ MAP_BYTES = 8
 """Of a target token, in the two maps of the vocabulary: an upper bound."""
 FORWARD_SHARE = 1 / 3
 """Of a forward and backward pass."""
-SERVER_START_S = 60.0
-"""Until SGLang has imported itself and captured its graphs, without the weights: assumed, not measured here."""
+STAGE_START_S = 20.0
+"""Of a stage beside its servers and its work: imports, the tokenizer, buffers, and hashing what it leaves. 16 s of
+training, 20 to 28 s of what serves in the build of `demo-8b` on an H100."""
+TRAIN_START_S = 35.0
+"""Until the kernels of the first step are compiled, in that build."""
+MUON_BYTES = 62
+"""Read and written for each weight by `torch.optim.Muon`: the gradient divided (8), the momentum and Nesterov's update
+(12 each), a bfloat16 copy of that and its norm (12), the decay (8) and the step (10)."""
+IN_PROCESS_LAYER_S = 0.3e-3
+"""For each token and layer, where the target is run by Transformers, with its draft: 47 s for 5,013 tokens of 32 layers
+in that build."""
 SUITE_PROMPTS = 200
 """Of a suite whose size is not known."""
 
@@ -56,6 +59,8 @@ class StageCost(Record):
     num_gpus: int
     wall_s: float
     """0 of what takes a minute on the CPU."""
+    start_s: float = 0.0
+    """Of that, what it takes however little work there is."""
     peak_bytes_per_gpu: float
     limit: str = ""
     """What it waits for, in words."""
@@ -101,115 +106,29 @@ class EntryCost(Record):
         return sum(stage.wall_s for stage in self.stages)
 
 
-class Job(NamedTuple):
-    """An entry with all that its cost is counted from."""
-
-    entry: ManifestEntry
-    server: ServerShape
-    draft: Shape
-    conversations: ExpectedConversations
-    documents: ExpectedConversations
-    """The same, as training cuts them."""
-    counts: RowCounts
-    """Of the sample's documents together."""
-    rates: Rates
-    config_source: str
-
-    @property
-    def num_gpus(self) -> int:
-        """That the entry holds."""
-        return self.entry.resources.num_gpus
-
-    @property
-    def num_servers(self) -> int:
-        """At once, in regenerate and capture."""
-        return max(1, self.num_gpus // self.server.tensor_parallel)
-
-    @property
-    def num_hosts(self) -> int:
-        """That its GPUs are in."""
-        return max(1, math.ceil(self.num_gpus / GPUS_PER_HOST))
-
-    @property
-    def scale(self) -> float:
-        """All conversations against the sample."""
-        return self.documents.num_conversations / len(self.documents.sample)
-
-    @property
-    def feature_bytes(self) -> float:
-        """Of all features, if they are stored."""
-        counts, features = self.counts, self.entry.features
-        return self.scale * feature_bytes(self.draft.width, features.dtype, counts.num_tokens, self.num_teaching)
-
-    @property
-    def num_teaching(self) -> float:
-        """Tokens of the sample whose last hidden state is kept: one for each token of an answer."""
-        return self.documents.answer_tokens_each * len(self.documents.sample)
-
-    @property
-    def is_live(self) -> bool:
-        """Whether features are consumed as they are made, and never stored."""
-        return self.entry.features.mode == "live"
-
-    @property
-    def start_s(self) -> float:
-        """Until servers answer: weights come from the disk once, and all servers of a host read them there."""
-        return SERVER_START_S + self.server.model.weight_bytes / self.rates.read_bytes_per_s
-
-    @property
-    def served_bytes_per_gpu(self) -> float:
-        """What a server takes, whatever it holds."""
-        return self.entry.engine.mem_fraction_static * self.server.hardware.memory_bytes
-
-    @property
-    def num_slots(self) -> int:
-        """Requests that a server decodes at once: as many as are allowed, and fit."""
-        fit = self.server.kv_tokens(self.entry.engine.mem_fraction_static) / self.conversations.tokens_each
-        return max(1, min(self.entry.engine.max_running_requests, int(fit)))
-
-
-def make_job(
-    entry: ManifestEntry,
-    *,
-    configs: ConfigReader,
-    store: Store | None,
-    rates: Rates,
-    hardware: Hardware,
-    tokens_per_conversation: tuple[int, int] | None = None,
-) -> Job:
-    """The job of an entry. Raises: ValueError if something that its cost depends on is not known."""
-    if entry.resources.num_gpus == 0:
-        raise ValueError(f"{entry.name} is built on a CPU, whose rates nothing has measured; its cost is not counted")
-    found = configs.read(entry.target)
-    model = target_model(found.values, entry.target)
-    conversations = expected_conversations(entry, store, tokens_per_conversation)
-    kept = [cut(conversation, entry.training.max_document_tokens) for conversation in conversations.sample]
-    return Job(
-        entry=entry,
-        server=ServerShape(model, hardware, entry.engine.tensor_parallel),
-        draft=draft_shape(entry.draft, found.values, model),
-        conversations=conversations,
-        documents=conversations._replace(sample=tuple(kept)),
-        counts=add_counts(count_conversation(conversation, entry.draft.num_steps) for conversation in kept),
-        rates=rates,
-        config_source=found.source,
-    )
-
-
 def regenerate_cost(job: Job) -> StageCost:
     """Answers, written by as many servers as there are GPUs for."""
     conversations, slots = job.conversations, job.num_slots
-    step_s = job.server.step_s(job.rates, slots, conversations.tokens_each / 2)
-    num_tokens = conversations.num_answer_tokens
+    num_answers = conversations.num_conversations * conversations.answers_each
+    answer_s = job.server.answer_s(job.rates, slots, _answer(job))
+    start_s = STAGE_START_S + job.servers_start_s(1)
     return StageCost(
         stage="regenerate",
-        num_tokens=num_tokens,
+        num_tokens=conversations.num_answer_tokens,
         disk_bytes=CONVERSATION_BYTES_PER_TOKEN * conversations.num_tokens,
         num_gpus=job.num_gpus,
-        wall_s=num_tokens / (job.num_servers * slots) * step_s + job.start_s,
+        wall_s=num_answers / job.num_servers * answer_s + start_s,
+        start_s=start_s,
         peak_bytes_per_gpu=job.served_bytes_per_gpu,
         limit=f"{slots} requests at once on each of {job.num_servers} servers",
     )
+
+
+def _answer(job: Job, max_new_tokens: int | None = None) -> Answer:
+    """An average one of the conversations, cut at `max_new_tokens`."""
+    conversations = job.conversations
+    num_tokens = min(conversations.answer_tokens, max_new_tokens or math.inf)
+    return Answer(conversations.prompt_tokens, num_tokens, num_keys=conversations.tokens_each / 2)
 
 
 def capture_cost(job: Job) -> StageCost:
@@ -218,13 +137,15 @@ def capture_cost(job: Job) -> StageCost:
     served_s = share * reading_s(job, job.num_gpus)
     stored = share * job.feature_bytes
     written_s = stored / (job.num_hosts * job.rates.write_bytes_per_s)
+    start_s = STAGE_START_S + job.servers_start_s(1)
     head_bytes = COMPUTE_BYTES * 2 * job.draft.width * job.draft.vocab_size
     return StageCost(
         stage="capture",
         num_tokens=share * job.documents.num_tokens,
         disk_bytes=stored + head_bytes,
         num_gpus=job.num_gpus,
-        wall_s=max(served_s, written_s) + job.start_s,
+        wall_s=max(served_s, written_s) + start_s,
+        start_s=start_s,
         peak_bytes_per_gpu=job.served_bytes_per_gpu,
         limit=_disk_limit(written_s, served_s, "written", job.rates.write_bytes_per_s),
     )
@@ -233,10 +154,11 @@ def capture_cost(job: Job) -> StageCost:
 def train_cost(job: Job) -> StageCost:
     """All epochs and evaluations: the passes, or what features come from."""
     trained_s = training_s(job, job.entry.num_training_gpus)
-    fed_s, start_s, limit = 0.0, 0.0, ""
+    fed_s, start_s, limit = 0.0, STAGE_START_S + TRAIN_START_S, ""
     if job.is_live:
         serve_gpus = job.entry.features.serve_gpus or 0
-        fed_s, start_s = job.entry.training.num_epochs * reading_s(job, serve_gpus), job.start_s
+        fed_s = job.entry.training.num_epochs * reading_s(job, serve_gpus)
+        start_s += job.servers_start_s(1)
         waits, busy = ("training", "the target") if fed_s > trained_s else ("the target", "training")
         limit = f"{waits} waits for {busy}, {min(fed_s, trained_s) / max(fed_s, trained_s):.0%} busy"
     else:
@@ -245,9 +167,11 @@ def train_cost(job: Job) -> StageCost:
     return StageCost(
         stage="train",
         num_tokens=_training_tokens(job),
-        disk_bytes=CHECKPOINTS_KEPT * checkpoint_bytes(job.draft) + MASTER_BYTES * num_parameters(job.draft),
+        disk_bytes=CHECKPOINTS_KEPT * checkpoint_bytes(job.draft, job.entry.training)
+        + MASTER_BYTES * num_parameters(job.draft),
         num_gpus=job.num_gpus,
         wall_s=max(trained_s, fed_s) + start_s,
+        start_s=start_s,
         peak_bytes_per_gpu=max(train_bytes_per_gpu(job), job.served_bytes_per_gpu if job.is_live else 0.0),
         limit=limit,
     )
@@ -290,7 +214,8 @@ def train_bytes_per_gpu(job: Job) -> float:
     parameters = num_parameters(job.draft)
     inputs = feature_bytes(job.draft.width, "bfloat16", 1, job.num_teaching / job.counts.num_tokens)
     return (
-        (2 * MASTER_BYTES + OPTIMIZER_BYTES) * parameters
+        2 * MASTER_BYTES * parameters
+        + optimizer_bytes(job.draft, job.entry.training)
         + frozen_bytes(job.draft)
         + inputs * job.entry.training.tokens_per_micro_batch
         + fit_line(job.rates.activation_bytes).seconds(parameters)
@@ -315,28 +240,35 @@ def _without_gpus(stage: str, num_tokens: float, disk_bytes: float) -> StageCost
 
 
 def benchmark_cost(job: Job) -> StageCost:
-    """Suites and sweep, each with and without draft: with it they are taken to last as long as without."""
-    benchmark, answer = job.entry.benchmark, job.conversations.answer_tokens_each
-    keys = job.conversations.tokens_each / 2
+    """Suites and sweep, each with and without draft, with which they are taken to last as long as without; then the
+    target in the stage's own process."""
+    benchmark = job.entry.benchmark
+    chains = {serving.chain() for serving in benchmark.serving}
     num_tokens = seconds = 0.0
     for suite in benchmark.suites:
         known = hub_facts()["suites"].get(suite.source.dataset, suite.source.limit or SUITE_PROMPTS)
-        written = 2 * min(suite.source.limit or known, known) * min(answer, suite.max_new_tokens)
+        num_prompts, answer = min(suite.source.limit or known, known), _answer(job, suite.max_new_tokens)
         for serving in benchmark.serving:
-            num_tokens += written
-            seconds += written / serving.concurrency * job.server.step_s(job.rates, serving.concurrency, keys)
-    chains = {serving.chain() for serving in benchmark.serving}
+            num_tokens += 2 * num_prompts * answer.num_tokens
+            seconds += 2 * num_prompts * job.server.answer_s(job.rates, serving.concurrency, answer)
+        num_compared = len(chains) * min(num_prompts, benchmark.num_in_process_prompts)
+        seconds += num_compared * answer.num_tokens * job.server.model.num_layers * IN_PROCESS_LAYER_S
     if sweep := benchmark.sweep:
         chains |= {serving.chain() for serving in sweep_servings(sweep)}
-        steps = 2 * SWEEP_ROUNDS * sweep.requests_per_slot * sweep.max_new_tokens * len(sweep.chains)
-        num_tokens += steps * sum(sweep.concurrencies)
-        seconds += steps * sum(job.server.step_s(job.rates, slots, keys) for slots in sweep.concurrencies)
+        # A round ends with its last answer, which is taken to be as long as is allowed.
+        longest = _answer(job)._replace(num_tokens=float(sweep.max_new_tokens))
+        for slots in sweep.concurrencies:
+            num_answers = 2 * SWEEP_ROUNDS * len(sweep.chains) * sweep.requests_per_slot * slots
+            num_tokens += num_answers * longest.num_tokens
+            seconds += num_answers * job.server.answer_s(job.rates, slots, longest)
+    start_s = STAGE_START_S + job.servers_start_s(1 + len(chains))
     return StageCost(
         stage="benchmark",
         num_tokens=num_tokens,
         disk_bytes=0,
         num_gpus=job.num_gpus,
-        wall_s=seconds + (1 + len(chains)) * job.start_s,
+        wall_s=seconds + start_s,
+        start_s=start_s,
         peak_bytes_per_gpu=job.served_bytes_per_gpu,
         limit=f"{1 + len(chains)} starts of servers",
     )
@@ -363,8 +295,15 @@ def _training_tokens(job: Job) -> float:
 
 
 def _optimizer_s(job: Job) -> float:
-    speed = job.server.hardware.memory_bytes_per_s / job.rates.hardware.memory_bytes_per_s
-    return ADAMW_BYTES * num_parameters(job.draft) / (job.rates.optimizer_bytes_per_s * speed)
+    """Of one step of the optimizers: what they read and write, and Muon's matrix products."""
+    rates, hardware = job.rates, job.server.hardware
+    by_muon = num_muon_parameters(job.draft, job.entry.training)
+    moved = ADAMW_BYTES * (num_parameters(job.draft) - by_muon) + MUON_BYTES * by_muon
+    speed = hardware.memory_bytes_per_s / rates.hardware.memory_bytes_per_s
+    seconds = moved / (rates.optimizer_bytes_per_s * speed)
+    if by_muon:
+        seconds += muon_flops(job.draft) * rates.hardware.bf16_flops / (rates.matmul_flops * hardware.bf16_flops)
+    return seconds
 
 
 def _reduction_s(job: Job, num_gpus: int) -> float:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 from specforge_core.cost.draft_model import COMPUTE_BYTES, frozen_bytes, num_parameters
-from specforge_core.cost.estimate import Job, best_serve_gpus, capture_cost, train_bytes_per_gpu, train_cost
+from specforge_core.cost.estimate import best_serve_gpus, capture_cost, train_bytes_per_gpu, train_cost
 from specforge_core.cost.hardware import GIB, GPUS_PER_HOST, HARDWARE
+from specforge_core.cost.job import Job
 from specforge_core.cost.serving import ServerShape
 from specforge_core.cost.units import duration
 from specforge_core.manifest import ManifestEntry

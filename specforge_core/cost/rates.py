@@ -1,13 +1,17 @@
 """Measured rates from `reports/`, as lines: seconds = work * s_per_unit + fixed_s. Torch-free.
 
 A line is what the measurements show: a micro-batch of training takes its useful FLOPs at one rate whatever the draft's
-shape, and some milliseconds more; a request of capture, its FLOPs and some overhead; a token of an answer, its share of
-the bytes that a step reads and some overhead. So rows of other shapes predict a shape that nobody measured.
+shape, and some milliseconds more; a request of capture, its FLOPs and some overhead; an answer, its share of the bytes
+that its steps read and some overhead, for each prompt is read on its own while the other answers wait. So rows of other
+shapes predict a shape that nobody measured.
 """
 
+import heapq
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -27,7 +31,9 @@ ADAMW_BYTES = 28
 """Read and written for each weight: float32 weight, gradient and two moments in, all but the gradient out."""
 SERVED_KEYS = 128
 """Tokens of a request while it is answered, in measurements that do not say: those of the demo's prompts."""
-
+SERVED_PROMPT_TOKENS = 38
+"""That a server read for an answer, in measurements that do not say: 91,449 of 2,383 prompts of the demo, by the log of
+a regeneration; the rest, it had from an earlier turn or prompt."""
 
 FULL_PASS_ROWS = 4000
 """Supervised slots from which on a pass is as large as it gets, and so are its activations."""
@@ -93,12 +99,15 @@ class Rates(NamedTuple):
     """FLOPs that a micro-batch needs; seconds of its forward and backward pass."""
     float8_passes: tuple[Point, ...]
     optimizer_bytes_per_s: float
+    matmul_flops: float
+    """FLOP/s of a large matrix product."""
     activation_bytes: tuple[Point, ...]
     """Trained weights; bytes (not seconds) of a pass beside weights, gradients and inputs."""
     captures: tuple[Point, ...]
     """FLOPs of a request; its seconds on one GPU. The work is unknown where the target is."""
-    tokens: tuple[Point, ...]
-    """Bytes that a decoding step reads, by the number of tokens that it writes; seconds of one token on one GPU."""
+    answers: tuple[Point, ...]
+    """Bytes that its decoding steps read, by the number of answers that they extend; seconds of it on one GPU, beside
+    its prompt's FLOPs."""
     step_runs: tuple[StepRun, ...]
     """Not needed for a prediction, but to check some."""
     read_bytes_per_s: float
@@ -138,16 +147,23 @@ def load_rates(directory: Path, hardware: Hardware | None = None) -> Rates:
     training_commits = sorted({bench.environment.commit or "unknown" for bench in benches})
     serving_commits = sorted({serving.environment.commit or "unknown" for serving in servings})
     targets = ", ".join(sorted({serving.target for serving in servings}))
+    captures = tuple(p for serving in servings for p in serving_points(serving, "capture", capture_point))
+    prompt_rate = fit_line(captures).s_per_unit
     return Rates(
         hardware=measured,
         passes=tuple(map(pass_point, ours)),
         float8_passes=tuple(pass_point(row) for row in rows if row.path == OURS_FLOAT8),
         optimizer_bytes_per_s=_optimizer_rate(ours),
+        matmul_flops=median(bench.matmul_flops for bench in benches),
         activation_bytes=tuple(activation_point(row) for row in ours if row.num_supervised >= FULL_PASS_ROWS),
-        captures=tuple(p for serving in servings for p in serving_points(serving, "capture", capture_point)),
-        tokens=(
-            *(p for serving in servings for p in serving_points(serving, "regenerate", token_point)),
-            *(p for values in _json_files(directory / "drafts") for p in sweep_points(values, measured)),
+        captures=captures,
+        answers=(
+            *(
+                p
+                for serving in servings
+                for p in serving_points(serving, "regenerate", partial(regenerated_point, prompt_rate))
+            ),
+            *(p for values in _json_files(directory / "drafts") for p in sweep_points(values, measured, prompt_rate)),
         ),
         step_runs=tuple(run for bench in benches for run in step_runs(bench)),
         read_bytes_per_s=max(map(_read_rate, steps)),
@@ -224,15 +240,34 @@ def capture_point(comparison: Comparison, model: TargetModel, serving: ServingRa
     return Point(flops, median(done.served_s for done in comparison.ours) / one.num_requests, comparison.work)
 
 
-def token_point(comparison: Comparison, model: TargetModel, serving: ServingRates) -> Point:
-    """A token of regeneration with all slots taken, the reading of the prompts shared out among the tokens."""
-    slots = served_slots(serving)
-    seconds = median(done.served_s / done.num_tokens for done in comparison.ours)
-    return Point(model.decode_bytes(slots, SERVED_KEYS) / slots, seconds, comparison.work)
+def regenerated_point(
+    prompt_s_per_flop: float, comparison: Comparison, model: TargetModel, serving: ServingRates
+) -> Point:
+    """An answer of regeneration, with all slots taken."""
+    one = comparison.ours[0]
+    seconds = median(done.served_s / done.num_requests for done in comparison.ours)
+    return answer_point(
+        model,
+        num_running=served_slots(serving),
+        num_tokens=one.num_tokens / one.num_requests,
+        seconds=seconds,
+        prompt_s_per_flop=prompt_s_per_flop,
+        name=comparison.work,
+    )
 
 
-def sweep_points(report: dict[str, Any], hardware: Hardware) -> list[Point]:
-    """Tokens without draft by concurrency, of a draft's report; none unless servers on that one GPU were swept."""
+def answer_point(
+    model: TargetModel, *, num_running: float, num_tokens: float, seconds: float, prompt_s_per_flop: float, name: str
+) -> Point:
+    """One of `num_running` answers that are written at once."""
+    prompt_flops = SERVED_PROMPT_TOKENS * model.prefill_flops(SERVED_PROMPT_TOKENS / 2, head_share=0.0)
+    prompt_s = prompt_flops * prompt_s_per_flop
+    read = num_tokens * model.decode_bytes(num_running, SERVED_KEYS) / num_running
+    return Point(read, seconds - prompt_s, name, beside=prompt_s)
+
+
+def sweep_points(report: dict[str, Any], hardware: Hardware, prompt_s_per_flop: float) -> list[Point]:
+    """Answers without draft by concurrency, of a draft's report; none unless servers on that one GPU were swept."""
     result = BenchmarkResult.model_validate(report["benchmark"])
     gpu = result.environment.gpu
     if not result.sweep or result.engine != "sglang" or gpu is None or find_hardware(gpu) != hardware:
@@ -242,18 +277,47 @@ def sweep_points(report: dict[str, Any], hardware: Hardware) -> list[Point]:
     models = [target_model(config, TargetConfig(model=name)) for name, config in hub_facts()["configs"].items()]
     model = next((m for m in models if (m.num_layers, m.width, m.vocab_size) == shape), None)
     one_gpu = all(len(server.gpus) <= 1 for server in result.servers.values())
-    if model is None or not one_gpu:
+    entry = report["lineage"]["entry"]
+    lengths = answer_lengths(result, entry["benchmark"]["sweep"]["max_new_tokens"])
+    if model is None or not one_gpu or not lengths:
         return []
-    entry = report["lineage"]["entry"]["name"]
-    seconds: dict[int, list[float]] = {}
-    for point in result.sweep:
-        seconds.setdefault(point.serving.concurrency, []).extend(
-            1 / rate for rate in point.baseline_output_tokens_per_s
+    points = []
+    for slots in sorted({point.serving.concurrency for point in result.sweep}):
+        # Without draft, all chains are alike.
+        alike = [point for point in result.sweep if point.serving.concurrency == slots]
+        num_tokens = sum(p.num_output_tokens for p in alike) / sum(p.num_requests for p in alike)
+        round_requests = alike[0].num_requests // len(alike[0].baseline_output_tokens_per_s)
+        points.append(
+            answer_point(
+                model,
+                num_running=mean_running(lengths, slots, round_requests),
+                num_tokens=num_tokens,
+                seconds=median(num_tokens / rate for point in alike for rate in point.baseline_output_tokens_per_s),
+                prompt_s_per_flop=prompt_s_per_flop,
+                name=f"{entry['name']}, {slots} at once",
+            )
         )
-    return [
-        Point(model.decode_bytes(slots, SERVED_KEYS) / slots, median(measured), f"{entry}, {slots} at once")
-        for slots, measured in seconds.items()
-    ]
+    return points
+
+
+def answer_lengths(result: BenchmarkResult, max_new_tokens: int) -> list[int]:
+    """Tokens of the answers to all suites' prompts in turns, as a sweep takes them, each cut at its limit."""
+    suites = [measurement.prompts.num_output_tokens for measurement in result.measurements if measurement.prompts]
+    in_turns = [length for row in itertools.zip_longest(*suites) for length in row if length is not None]
+    return [min(length, max_new_tokens) for length in in_turns]
+
+
+def mean_running(lengths: Sequence[int], num_slots: int, num_requests: int) -> float:
+    """Answers that are written at once, on average over the steps of a round: at its end slots wait for the last one.
+
+    Args: lengths: of answers, from the front again where they run out.
+    """
+    ends = [0] * num_slots
+    taken = list(itertools.islice(itertools.cycle(lengths), num_requests))
+    for length in taken:
+        # Each goes to the slot that is free first.
+        heapq.heapreplace(ends, ends[0] + length)
+    return sum(taken) / max(ends)
 
 
 def served_slots(serving: ServingRates) -> int:

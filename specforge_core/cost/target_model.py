@@ -68,7 +68,7 @@ class TargetModel(NamedTuple):
         weights = through_layers + head_share * self.parts["head"].parameters
         return MULTIPLY_AND_ADD * weights + self.attention_flops_per_key * num_keys
 
-    def decode_bytes(self, num_requests: int, num_keys: float) -> float:
+    def decode_bytes(self, num_requests: float, num_keys: float) -> float:
         """Bytes read in a step that adds a token to each of so many requests, which have `num_keys` tokens each.
 
         Of the experts, those that some token is sent to, if the router deals evenly.

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from specforge_core.cost.configs import ConfigReader, FoundConfig
-from specforge_core.cost.estimate import Job, make_job
 from specforge_core.cost.hardware import find_hardware
+from specforge_core.cost.job import Job, make_job
 from specforge_core.cost.rates import Point, Rates
 from specforge_core.manifest import ManifestEntry
 
@@ -18,12 +18,13 @@ RATES = Rates(
     passes=(Point(50e12, 0.110), Point(100e12, 0.210)),
     float8_passes=(),
     optimizer_bytes_per_s=2e12,
+    matmul_flops=800e12,
     # 6 bytes for each weight, and 2 GB.
     activation_bytes=(Point(1e8, 2.6e9), Point(1e9, 8e9)),
     # 500 TFLOP/s.
     captures=(Point(500e12, 1.0),),
     # 1 TB/s.
-    tokens=(Point(1e12, 1.0),),
+    answers=(Point(1e12, 1.0),),
     step_runs=(),
     read_bytes_per_s=1e12,
     write_bytes_per_s=1e12,

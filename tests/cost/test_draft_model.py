@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from specforge_core.cost.draft_model import (
     add_counts,
@@ -11,15 +12,18 @@ from specforge_core.cost.draft_model import (
     cut,
     draft_shape,
     feature_bytes,
+    layer_matrices,
+    muon_flops,
+    num_muon_parameters,
     num_parameters,
 )
 from specforge_core.cost.target_model import target_model
 from specforge_core.data.shards import Document, FeatureIndex, FeatureWriter
-from specforge_core.manifest_sections import Eagle3Config, FeatureDtype, TargetConfig
+from specforge_core.manifest_sections import Eagle3Config, FeatureDtype, TargetConfig, TrainingConfig
 from specforge_core.targets import TargetFeatures
 from specforge_core.training.bench.batch import count_rows, make_batch
 from specforge_core.training.bench.lengths import Conversation, Turn
-from specforge_core.training.bench.shapes import SHAPES
+from specforge_core.training.bench.shapes import SHAPES, Shape
 
 CONVERSATIONS: list[Conversation] = [
     (Turn(3, 6), Turn(2, 9)),
@@ -39,6 +43,28 @@ def test_rows_are_those_of_a_packed_batch() -> None:
 def test_a_draft_for_llama_8b_has_the_weights_counted_by_hand() -> None:
     # fc 3 x 4096^2; q 8192 x 4096, k and v 8192 x 1024 each, o 4096^2; 3 x 4096 x 14336; head 4096 x 32000.
     assert num_parameters(SHAPES["llama-3.1-8b"]) == 424_673_280
+
+
+def test_muon_multiplies_as_often_as_its_five_steps_do_by_hand() -> None:
+    training = TrainingConfig(optimizer="muon")
+    # All but the head; of fc alone, 5 x (4 x 4096^2 x 12288 + 2 x 4096^3).
+    assert num_muon_parameters(SHAPES["llama-3.1-8b"], training) == 424_673_280 - 4096 * 32_000
+    assert num_muon_parameters(SHAPES["llama-3.1-8b"], TrainingConfig()) == 0
+    k = 1024
+    # In cubes of 1024: fc, q, k and v, o, and three of the feed-forward network; the narrower side squared.
+    products = 16 * 12 + 16 * 8 + 2 * 8 + 16 * 4 + 3 * 16 * 14
+    squares = 64 + 64 + 2 + 64 + 3 * 64
+    assert muon_flops(SHAPES["llama-3.1-8b"]) == 5 * (4 * products + 2 * squares) * k**3
+
+
+def test_muons_products_are_those_that_torch_makes() -> None:
+    shape = Shape(32, 48, 4, 2, 8, 96, 64)
+    matrices = [torch.nn.Parameter(torch.randn(size)) for size in layer_matrices(shape)]
+    for matrix in matrices:
+        matrix.grad = torch.randn_like(matrix)
+    with FlopCounterMode(display=False) as counter:
+        torch.optim.Muon(matrices).step()
+    assert muon_flops(shape) == counter.get_total_flops()
 
 
 def test_sizes_of_the_manifest_go_before_those_of_the_target() -> None:

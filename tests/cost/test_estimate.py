@@ -10,18 +10,20 @@ from specforge_core.cost.configs import ConfigReader
 from specforge_core.cost.conversations import expected_conversations
 from specforge_core.cost.draft_model import add_counts, count_conversation
 from specforge_core.cost.estimate import (
-    SERVER_START_S,
-    Job,
+    IN_PROCESS_LAYER_S,
+    STAGE_START_S,
+    TRAIN_START_S,
     benchmark_cost,
     best_serve_gpus,
     capture_cost,
-    make_job,
     reading_s,
     regenerate_cost,
     train_cost,
     training_s,
 )
 from specforge_core.cost.hardware import GIB, find_hardware
+from specforge_core.cost.job import SERVER_START_S, Job, make_job
+from specforge_core.cost.serving import Answer
 from specforge_core.manifest_sections import DataConfig, PromptSource
 from specforge_core.training.bench.lengths import Turn
 from specforge_core.training.bench.shapes import SHAPES, useful_flops
@@ -32,9 +34,12 @@ from tests.test_plan import build_all
 
 JobOf = Callable[..., Job]
 # Its weights are read at 1 TB/s.
-START_8B_S = SERVER_START_S + 16_060_522_496 / 1e12
+LOAD_8B_S = 16_060_522_496 / 1e12
+START_8B_S = STAGE_START_S + SERVER_START_S + LOAD_8B_S
 HEAD = 525_336_576
 LAYERS_AND_NORMS = 6_979_588_096
+# 100 tokens at 500 TFLOP/s, each of which attends to 50 on average.
+PROMPT_S = 100 * (2 * LAYERS_AND_NORMS + 524_288 * 50) / 500e12
 
 
 def test_regeneration_reads_the_weights_once_for_a_token_of_each_slot(job_of: JobOf) -> None:
@@ -42,7 +47,8 @@ def test_regeneration_reads_the_weights_once_for_a_token_of_each_slot(job_of: Jo
     # 64 requests, half of whose 300 tokens are there on average, of 131,072 bytes each.
     step_s = (2 * (LAYERS_AND_NORMS + HEAD) + 64 * 150 * 131_072) / 1e12
     assert cost.num_tokens == 200_000
-    assert cost.wall_s == pytest.approx(200_000 / 64 * step_s + START_8B_S)
+    assert cost.wall_s == pytest.approx(200_000 / 64 * step_s + 1000 * PROMPT_S + START_8B_S)
+    assert cost.start_s == pytest.approx(START_8B_S)
     assert cost.gpu_hours == pytest.approx(cost.wall_s / 3600)
     # engine.mem_fraction_static
     assert cost.peak_bytes_per_gpu == pytest.approx(0.85 * 79.1 * GIB)
@@ -54,7 +60,7 @@ def test_more_servers_divide_the_time_and_more_memory_bandwidth_shortens_steps(j
     assert two.wall_s - START_8B_S == pytest.approx(one / 2)
     assert two.gpu_hours == pytest.approx(2 * two.wall_s / 3600)
     h200 = regenerate_cost(job_of(entry_of(), hardware="h200"))
-    assert h200.wall_s - START_8B_S == pytest.approx(one * 3.35 / 4.8)
+    assert h200.wall_s - START_8B_S == pytest.approx((one - 1000 * PROMPT_S) * 3.35 / 4.8 + 1000 * PROMPT_S)
 
 
 def test_a_full_cache_lets_fewer_requests_run_at_once(job_of: JobOf) -> None:
@@ -89,7 +95,20 @@ def test_training_takes_passes_an_optimizer_step_and_evaluations(job_of: JobOf) 
     optimizer_s = 28 * 424_673_280 / 2e12
     evaluated = 2 * 0.1 * 300_000 / 8192 * pass_s / 3
     assert cost.num_tokens == pytest.approx(3 * 0.9 * 300_000)
-    assert cost.wall_s == pytest.approx(num_steps * (8 * pass_s + optimizer_s) + evaluated)
+    assert cost.wall_s == pytest.approx(
+        num_steps * (8 * pass_s + optimizer_s) + evaluated + STAGE_START_S + TRAIN_START_S
+    )
+
+
+def test_muon_takes_its_matrix_products_and_moves_more(job_of: JobOf) -> None:
+    adamw, muon = (train_cost(job_of(entry_of(training={"optimizer": name}))) for name in ("adamw", "muon"))
+    num_steps = 0.98 * 300_000 / 65_536
+    # 62 bytes instead of 28 for all weights but the head's, 293.6 M; its products are counted in test_draft_model.
+    products_s, moved_s = 27_165_668_147_200 / 800e12, (62 - 28) * 293_601_280 / 2e12
+    assert muon.wall_s - adamw.wall_s == pytest.approx(num_steps * (products_s + moved_s))
+    # One moment less for the same weights: of three checkpoints, and in memory.
+    assert adamw.disk_bytes - muon.disk_bytes == 3 * 4 * 293_601_280
+    assert adamw.peak_bytes_per_gpu - muon.peak_bytes_per_gpu == pytest.approx(4 * 293_601_280)
 
 
 def test_training_memory_is_that_of_the_recorded_rows_and_the_optimizers(job_of: JobOf) -> None:
@@ -123,7 +142,7 @@ def test_live_features_take_no_disk_and_as_long_as_the_slower_side(job_of: JobOf
     assert capture.disk_bytes == pytest.approx(0.02 * job.feature_bytes + 4 * HEAD)
     served_s, trained_s = reading_s(job, 1), training_s(job, 3)
     assert served_s > trained_s
-    assert train.wall_s == pytest.approx(served_s + START_8B_S)
+    assert train.wall_s == pytest.approx(served_s + START_8B_S + TRAIN_START_S)
     assert train.limit == f"training waits for the target, {trained_s / served_s:.0%} busy"
     # Of 1 to 3 GPUs that serve, the number whose slower side is fastest.
     slower = {n: max(reading_s(job, n), training_s(job, 4 - n)) for n in (1, 2, 3)}
@@ -134,15 +153,31 @@ def test_live_features_take_no_disk_and_as_long_as_the_slower_side(job_of: JobOf
 
 def test_the_benchmark_measures_with_and_without_draft(job_of: JobOf) -> None:
     cost = benchmark_cost(job_of(entry_of()))
-    # 50 answers of 200 tokens twice, one at a time; a server for each side.
+    # 50 answers of 200 tokens twice, one at a time; a server for each side, of which the second finds the weights read.
     step_s = (2 * (LAYERS_AND_NORMS + HEAD) + 150 * 131_072) / 1e12
     assert cost.num_tokens == 20_000
-    assert cost.wall_s == pytest.approx(20_000 * step_s + 2 * START_8B_S)
+    served_s = 20_000 * step_s + 100 * PROMPT_S + START_8B_S + SERVER_START_S
+    assert cost.wall_s == pytest.approx(served_s)
+    # The target in the stage's own process, for 20 of them.
+    compared = benchmark_cost(job_of(entry_of(benchmark={"num_in_process_prompts": 20})))
+    assert compared.wall_s == pytest.approx(served_s + 20 * 200 * 32 * IN_PROCESS_LAYER_S)
+
+
+def test_a_sweep_answers_as_long_as_it_may_at_each_load(job_of: JobOf) -> None:
+    sweep = {"chains": [[3, 1, 4], [5, 1, 6]], "concurrencies": [1, 8], "max_new_tokens": 128, "requests_per_slot": 2}
+    swept, suites = (benchmark_cost(job_of(entry_of(benchmark=more))) for more in ({"sweep": sweep}, {}))
+    # Two chains of two rounds, with and without draft: 8 times two answers of 128 tokens in each slot.
+    steps_s = sum(16 * 128 * (2 * (LAYERS_AND_NORMS + HEAD) + slots * 150 * 131_072) / 1e12 for slots in (1, 8))
+    assert swept.num_tokens - suites.num_tokens == 16 * 128 * 9
+    # One of the chains is that of the suites.
+    assert swept.wall_s - suites.wall_s == pytest.approx(steps_s + 16 * 9 * PROMPT_S + SERVER_START_S)
 
 
 def test_tensor_parallel_divides_the_weights_but_waits_for_the_others(job_of: JobOf) -> None:
     whole, shared = job_of(entry_of()), job_of(entry_of(engine={"tensor_parallel": 4}, resources={"num_gpus": 4}))
-    one, four = whole.server.step_s(RATES, 64, 150), shared.server.step_s(RATES, 64, 150)
+    # 64 answers of 64 tokens take 64 steps: an answer takes one.
+    answer = Answer(prompt_tokens=0, num_tokens=64, num_keys=150)
+    one, four = whole.server.answer_s(RATES, 64, answer), shared.server.answer_s(RATES, 64, answer)
     # Two sums a layer of 4096 bfloat16 numbers, 1.5 times through the link, and their latency.
     waiting = 64 * 2 * 32 * 1.5 * 4096 * 2 / 450e9 + 2 * 32 * 10e-6
     assert four == pytest.approx(one / 4 + waiting)

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from specforge_core.cost.configs import hub_facts
-from specforge_core.cost.estimate import Job
 from specforge_core.cost.fit import colocated_bytes_per_gpu, problems
 from specforge_core.cost.hardware import GIB
+from specforge_core.cost.job import Job
 from tests.cost.conftest import entry_of
 
 JobOf = Callable[..., Job]

@@ -8,7 +8,7 @@ import pytest
 from specforge_core.cost.check import ALLOWED_ERROR, held_out, recorded_checks
 from specforge_core.cost.configs import hub_facts
 from specforge_core.cost.hardware import find_hardware
-from specforge_core.cost.rates import Line, Point, Rates, fit_line, load_rates, sweep_points
+from specforge_core.cost.rates import Line, Point, Rates, fit_line, load_rates, mean_running, sweep_points
 from specforge_core.cost.target_model import target_model
 from specforge_core.facts import SweepPoint
 from specforge_core.manifest_sections import ServingConfig, TargetConfig
@@ -80,30 +80,57 @@ def test_gpus_go_by_their_own_name_and_by_the_drivers() -> None:
         find_hardware("tpu")
 
 
+def test_slots_are_empty_while_the_last_answer_is_written() -> None:
+    assert mean_running([5, 9, 7], 1, 6) == 1.0
+    # Slots get 4, then 2 and 6 as they become free: (4, 2), (4, 8): 12 tokens in 8 steps.
+    assert mean_running([4, 2, 6], 2, 3) == 12 / 8
+    # From the front again: 4, 2, 6, 4 are (4 + 4, 2 + 6).
+    assert mean_running([4, 2, 6], 2, 4) == 2.0
+
+
 def test_a_sweep_of_servers_adds_a_point_for_each_load(rates: Rates) -> None:
     report = json.loads((REPORTS / "drafts" / "demo.json").read_text(encoding="utf-8"))
     model = target_model(hub_facts()["configs"]["meta-llama/Llama-3.1-8B-Instruct"], TargetConfig(model="any"))
-    # A step takes 6 ms for the weights at 2.5 TB/s, and 0.1 ms for each request.
-    seconds = {slots: model.decode_bytes(slots, 128) / 2.5e12 / slots + 1e-4 for slots in (1, 8, 64)}
+    # Every answer is cut at 8 tokens, so all slots end together, at 2.5 TB/s and 20 ms for each answer; its prompt of
+    # 38 tokens is read in as long as capture takes for its FLOPs.
+    prompt_s = 38 * (2 * 6_979_588_096 + 524_288 * 19) / 500e12
+    seconds = {slots: 8 * model.decode_bytes(slots, 128) / 2.5e12 / slots + 20e-3 + prompt_s for slots in (1, 8, 64)}
     report["benchmark"] |= {
         "engine": "sglang",
         "environment": report["benchmark"]["environment"] | {"gpu": "NVIDIA H100 80GB HBM3"},
         "sweep": [
             SweepPoint(
                 serving=ServingConfig(concurrency=slots),
-                num_requests=1,
-                num_output_tokens=1,
+                num_requests=4 * slots,
+                num_output_tokens=4 * slots * 8,
                 num_verify_steps=1,
-                baseline_output_tokens_per_s=(1 / token_s, 1 / token_s),
+                baseline_output_tokens_per_s=(8 / answer_s, 8 / answer_s),
                 output_tokens_per_s=(1.0,),
             ).model_dump(mode="json")
-            for slots, token_s in seconds.items()
+            for slots, answer_s in seconds.items()
         ],
     }
-    assert sweep_points(report, rates.hardware) == []
+    report["lineage"]["entry"]["benchmark"]["sweep"] = {"max_new_tokens": 8}
+    lengths = {"ids_digest": "", "num_output_tokens": [12, 30], "num_verify_steps": [5, 9]}
+    report["benchmark"]["measurements"][0]["prompts"] = lengths
+    assert sweep_points(report, rates.hardware, 1 / 500e12) == []
     report["hidden_states"] |= {"num_target_layers": 32, "hidden_size": 4096}
     report["vocabulary"] |= {"target_vocab_size": 128_256}
-    points = sweep_points(report, rates.hardware)
+    points = sweep_points(report, rates.hardware, 1 / 500e12)
     assert [point.name for point in points] == ["demo, 1 at once", "demo, 8 at once", "demo, 64 at once"]
-    assert fit_line(points) == pytest.approx(Line(1 / 2.5e12, 1e-4))
-    assert sweep_points(report, find_hardware("h200")) == []
+    assert [point.beside for point in points] == pytest.approx([prompt_s] * 3)
+    assert fit_line(points) == pytest.approx(Line(1 / 2.5e12, 20e-3))
+    assert sweep_points(report, find_hardware("h200"), 1 / 500e12) == []
+    # Reports from before the lengths of answers were kept do not say how many ran at once.
+    for measurement in report["benchmark"]["measurements"]:
+        measurement["prompts"] = None
+    assert sweep_points(report, rates.hardware, 1 / 500e12) == []
+
+
+def test_the_sweeps_rows_predict_the_row_of_regeneration(rates: Rates) -> None:
+    (regenerated,) = [check for check in recorded_checks(rates) if check.what.startswith("answer, 384 prompts")]
+    assert regenerated.is_close
+    # What they say of the card: two thirds of its bandwidth, and some milliseconds for each prompt.
+    line = fit_line([point for point in rates.answers if point.name.startswith("demo-8b, ")])
+    assert 0.5 < 1 / line.s_per_unit / find_hardware("h100").memory_bytes_per_s < 0.8
+    assert 0.005 < line.fixed_s < 0.02
