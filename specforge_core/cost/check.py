@@ -4,11 +4,14 @@
         each recorded row of training and serving, predicted from the rows of other shapes or other work
     python -m specforge_core.cost.check --manifest M --store S --entry E --hardware h100
         the stages of a build, predicted from its number of tokens
+    python -m specforge_core.cost.check --report reports/drafts/E.json --out reports/cost
+        the same of a build that was recorded, whose store and target are not needed; leaves the comparison in a file
 
 The status is 1 if one of them is further off than allowed.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -22,15 +25,13 @@ from specforge_core.artifacts import Store
 from specforge_core.cost.entry import CostPlanner
 from specforge_core.cost.estimate import EntryCost
 from specforge_core.cost.rates import ADAMW_BYTES, Point, Rates, StepRun, fit_line, load_rates
+from specforge_core.cost.recorded import ALLOWED_ERROR, MIN_CHECKED_S, recorded_build, write_recorded
 from specforge_core.cost.units import duration, quantity
 from specforge_core.ledger import last_artifact
 from specforge_core.manifest import Manifest, ManifestEntry
 from specforge_core.selection import named_entries
 
-ALLOWED_ERROR = 0.25
 REPORTS = Path(__file__).parents[2] / "reports"
-MIN_CHECKED_S = 60.0
-"""Shorter stages are mostly start-up."""
 
 
 class Check(NamedTuple):
@@ -92,6 +93,11 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
+def seconds(number: float) -> str:
+    """For stages, of which minutes would hide the error."""
+    return f"{number:,.0f} s"
+
+
 def build_checks(entry: ManifestEntry, cost: EntryCost, store: Store) -> list[Check]:
     """Time and bytes of the entry's artifacts; stages that took less than a minute are left out.
 
@@ -104,7 +110,7 @@ def build_checks(entry: ManifestEntry, cost: EntryCost, store: Store) -> list[Ch
             continue
         measured_bytes = sum(file.size_bytes for file in artifact.files.values())
         if artifact.elapsed_s >= MIN_CHECKED_S and stage.wall_s:
-            checks.append(Check(stage.stage, stage.wall_s, artifact.elapsed_s))
+            checks.append(Check(stage.stage, stage.wall_s, artifact.elapsed_s, seconds))
         if stage.stage == "capture":
             checks.append(Check("capture, bytes", stage.disk_bytes, measured_bytes, lambda size: f"{quantity(size)}B"))
     if not checks:
@@ -115,7 +121,12 @@ def build_checks(entry: ManifestEntry, cost: EntryCost, store: Store) -> list[Ch
 def main(argv: list[str] | None = None) -> int:
     """1 if a prediction is off by more than allowed."""
     arguments = _parser().parse_args(argv)
-    if arguments.entry:
+    if arguments.report:
+        build = recorded_build(json.loads(arguments.report.read_text(encoding="utf-8")), arguments.reports)
+        checks = [Check(s.stage, s.predicted_s, s.measured_s, seconds) for s in build.stages if s.is_checked]
+        if arguments.out:
+            write_recorded(build, arguments.out)
+    elif arguments.entry:
         manifest, store = Manifest.load(arguments.manifest), Store(arguments.store)
         planner = CostPlanner(
             base_dir=manifest.base_dir, store=store, reports=arguments.reports, hardware=arguments.hardware
@@ -142,6 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--manifest", type=Path, default=Path("bundle_manifest.yaml"))
     parser.add_argument("--store", type=Path, default=Path(".specbundle"))
     parser.add_argument("--entry", help="whose build is checked; the recorded rows when absent")
+    parser.add_argument("--report", type=Path, help="of a draft: its build is checked")
+    parser.add_argument("--out", type=Path, help="folder for the comparison with --report")
     parser.add_argument("--hardware", help="GPU that it was built on; that of the rates when absent")
     return parser
 

@@ -1,6 +1,7 @@
 """A target's `config.json` alone: from its folder, from the Hub, or from the sizes that ship. Torch-free."""
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -32,14 +33,17 @@ def hub_facts() -> dict[str, Any]:
 class ConfigReader:
     """Reads configs; a Hub that did not answer once is not asked again."""
 
-    def __init__(self, base_dir: Path) -> None:
-        """Args: base_dir: the manifest's folder."""
+    def __init__(self, base_dir: Path, recorded: Mapping[str, dict[str, Any]] | None = None) -> None:
+        """Args: base_dir: the manifest's folder; recorded: configs of targets that need not be there any more."""
         self._base_dir = base_dir
+        self._recorded = recorded or {}
         self._hub_error = ""
         self._is_unreachable = False
 
     def read(self, target: TargetConfig) -> FoundConfig:
         """The target's config. Raises: ValueError if it is in no folder, not on the Hub and none of those that ship."""
+        if target.model in self._recorded:
+            return FoundConfig(self._recorded[target.model], "sizes that were recorded with its build")
         folder = local_path(target.model, self._base_dir)
         if folder is not None:
             path = folder / CONFIG_NAME
