@@ -135,11 +135,14 @@ def make_gpu_head() -> TargetHead:
     return TargetHead(embedding_VD, head_VD / GPU_WIDTH**0.5, torch.ones(GPU_WIDTH))
 
 
+def make_wide_draft() -> Eagle3Draft:
+    """A draft of sizes that kernels are made for, on the CPU in float32."""
+    return Eagle3Draft.create(GPU_DRAFT_CONFIG, GPU_TARGET_CONFIG, make_gpu_head(), torch.tensor(GPU_KEPT), LAYERS)
+
+
 def make_gpu_draft() -> Eagle3Draft:
-    """A draft on the GPU as the trainer sets it up, of sizes that kernels are made for."""
-    draft = Eagle3Draft.create(
-        GPU_DRAFT_CONFIG, GPU_TARGET_CONFIG, make_gpu_head(), torch.tensor(GPU_KEPT), LAYERS
-    ).cuda()
+    """The same on the GPU as the trainer sets it up."""
+    draft = make_wide_draft().cuda()
     draft.compute_dtype = torch.bfloat16
     return draft
 

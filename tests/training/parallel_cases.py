@@ -20,7 +20,7 @@ from specforge_core.training.step import train_step
 from specforge_core.training.workers import Workers
 from tests.drafts.synthetic import TARGET_CONFIG, as_dtype, make_document, make_draft, pack
 from tests.processes import on_processes
-from tests.training.factory import make_batch, make_gpu_draft
+from tests.training.factory import make_batch, make_wide_draft
 
 # Uneven on purpose: long and short answers, a batch of a prompt alone, one with a single row, and a step of one batch.
 STEPS = (
@@ -87,32 +87,45 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def step_in_bfloat16(case: Case, rank: int) -> dict[str, Tensor]:
-    """Losses and gradients of one step on GPUs as they train, by name; whole tensors."""
-    workers = Workers(rank, case.dp * case.cp * case.tp, torch.device("cuda"), case.cp, case.tp)
-    draft = make_gpu_draft()
-    return _step_on_gpu_batches(draft, gpu_batches(), workers)
+def steps_in_bfloat16(cases: Sequence[Case], device: str, rank: int) -> list[dict[str, Tensor]]:
+    """Losses and gradients of one step as GPUs train, by case and name; whole tensors.
+
+    A case of one process is computed by each of them for itself. Of the processes of all cases together only.
+    """
+    found = []
+    for case in cases:
+        num_processes = case.dp * case.cp * case.tp
+        workers = Workers(rank if num_processes > 1 else 0, num_processes, torch.device(device), case.cp, case.tp)
+        try:
+            found.append(_wide_step(torch.bfloat16, workers))
+        except Exception as error:
+            # All cases share one start, which takes longer than they do.
+            error.add_note(str(case))
+            raise
+    return found
 
 
+@functools.cache
 def step_in_float64() -> dict[str, Tensor]:
     """The same in float64 on a CPU, by the references of the kernels."""
-    draft = make_gpu_draft().cpu().double()
-    draft.compute_dtype = torch.float64
-    batches = [as_dtype(batch, torch.float64) for batch in gpu_batches()]
-    return _step_on_gpu_batches(draft, batches, Workers(0, 1, torch.device("cpu")))
+    return _wide_step(torch.float64, Workers(0, 1, torch.device("cpu")))
 
 
-def gpu_batches() -> list[DraftBatch]:
+def wide_batches(dtype: torch.dtype) -> list[DraftBatch]:
     """Four micro-batches, so that there is one for each of four replicas."""
-    return [make_batch([(40, 200), (30, 100), (20, 250 + seed)], seed=seed) for seed in range(4)]
+    batches = [make_batch([(40, 200), (30, 100), (20, 250 + seed)], seed=seed) for seed in range(4)]
+    return [as_dtype(batch, dtype) for batch in batches] if dtype == torch.float64 else batches
 
 
-def _step_on_gpu_batches(draft: Eagle3Draft, batches: list[DraftBatch], workers: Workers) -> dict[str, Tensor]:
+def _wide_step(dtype: torch.dtype, workers: Workers) -> dict[str, Tensor]:
+    draft = make_wide_draft()
+    draft.compute_dtype = dtype
+    draft.to(workers.device, torch.promote_types(dtype, torch.float32))
     config = TrainingConfig()
     sharding = parallelize(draft, config, workers)
     prepared = [
         tree_map_only(Tensor, lambda tensor: tensor.to(workers.device), draft.prepare(batch))
-        for batch in batches[workers.replica :: workers.num_replicas]
+        for batch in wide_batches(dtype)[workers.replica :: workers.num_replicas]
     ]
     losses, _ = train_step(draft, build_optimizers(sharding, config), prepared, 0.5, workers, sharding)
     found = {name: value.double().cpu() for name, value in losses._asdict().items()}
