@@ -214,12 +214,12 @@ def test_a_server_that_dies_under_a_request_can_be_asked_again(tmp_path: Path) -
 
 
 def test_a_deaf_server_is_ended_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "HEALTH_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(server_module, "HEALTH_TIMEOUT_S", 0.5)
     behaviour = Behaviour(journal=str(tmp_path / "journal"), deaf_after=0, num_faulty_starts=1)
     with serving(tmp_path, behaviour) as (server,):
         pid = pid_of(server.url)
         with pytest.raises(TimeoutError):
-            urllib.request.urlopen(f"{server.url}/generate", json.dumps({"input_ids": [1]}).encode(), timeout=1)
+            urllib.request.urlopen(f"{server.url}/generate", json.dumps({"input_ids": [1]}).encode(), timeout=0.5)
         assert len(generate(server.ensure_alive(), [1, 2, 3])) > 0
         assert not psutil.pid_exists(pid)
 
