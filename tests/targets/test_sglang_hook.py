@@ -226,7 +226,7 @@ def test_answers_without_files_are_noticed_and_older_attempts_are_not_mixed_in(
     outputs_a, last_a = states(6)
     # The server died behind the first of two chunks.
     server.forward([(rid, 0, 6)], outputs_a, last_a)
-    with pytest.raises(FilesLost, match="was answered, but its files did not come within 0.5 s"):
+    with pytest.raises(FilesLost, match=r"was answered, but its files did not come within 0\.5 s"):
         opened.collect(rid)
     outputs, last_ND = states(10)
     server.forward([(f"{rid}#2", 0, 10)], outputs, last_ND)
