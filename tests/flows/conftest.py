@@ -1,6 +1,7 @@
 """Prefect's engine for the tests that need it: a server of their own, started once."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
@@ -15,3 +16,13 @@ def prefect_engine() -> Iterator[None]:
         temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
     ):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _tracker(request: pytest.FixtureRequest) -> None:
+    # Builds in the engine are tracked in their store.
+    if "prefect_engine" in request.fixturenames:
+        store = request.getfixturevalue("tmp_path") / "store"
+        store.mkdir()
+        database: Path = request.getfixturevalue("tracker_database")
+        (store / "mlflow.db").write_bytes(database.read_bytes())

@@ -60,13 +60,12 @@ class StagesByEntry:
 
 
 @pytest.fixture
-def artifacts(tmp_path: Path, tracker_database: Path) -> BuildArtifacts:
+def artifacts(tmp_path: Path) -> BuildArtifacts:
     """In the store that builds of these tests use, where the summary reads the benchmark again."""
     made = made_build.artifacts(tmp_path / "made", made_build.result(made_build.measurement()))
     place = tmp_path / "store" / "benchmark"
     place.mkdir(parents=True)
     made.benchmark.path.rename(place / made.benchmark.key)
-    (tmp_path / "store" / "mlflow.db").write_bytes(tracker_database.read_bytes())
     return made
 
 
