@@ -12,7 +12,7 @@ import torch
 from specforge_core.data.loader import FeatureSet, plan_steps
 from specforge_core.data.shards import Document, FeatureIndex, FeatureWriter, load_index
 from specforge_core.drafts.eagle3 import Eagle3Draft
-from specforge_core.manifest_sections import TrainingConfig
+from specforge_core.manifest_sections import FeatureDtype, TrainingConfig
 from specforge_core.targets import TargetFeatures
 from specforge_core.training.bench.batch import CAPTURE_LAYERS, make_batch
 from specforge_core.training.bench.lengths import Conversation
@@ -52,7 +52,9 @@ def measure_from_disk(
     """
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        write_features(directory, shape, conversations, draft.fc.weight.device)
+        device = draft.fc.weight.device
+        dtype: FeatureDtype = "bfloat16" if device.type == "cuda" else "float32"
+        write_features(directory, shape, conversations, device=device, dtype=dtype)
         plan = FeatureSet(directory).plan(range(len(conversations)), budget, seed=SEED, epoch=0)
         for per_step in micro_batches:
             whole_steps = plan_steps(plan, per_step)[: len(plan) // per_step]
@@ -93,9 +95,10 @@ def measure_steps(
     )
 
 
-def write_features(directory: Path, shape: Shape, conversations: Sequence[Conversation], device: torch.device) -> None:
+def write_features(
+    directory: Path, shape: Shape, conversations: Sequence[Conversation], *, device: torch.device, dtype: FeatureDtype
+) -> None:
     """Random features of these conversations, as `capture` would store them."""
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
     writer = FeatureWriter(directory, FeatureIndex(layers=CAPTURE_LAYERS, hidden_size=shape.width, dtype=dtype))
     batches = (make_batch([c], shape, seed=number, device=device) for number, c in enumerate(conversations))
     documents, features = [], []
