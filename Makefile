@@ -36,7 +36,7 @@ test: setup  ## Run the tests, without those that take minutes.
 	$(BIN)/python -m pytest
 
 test-slow: setup $(SPECULATORS)/.installed  ## Run the tests that take minutes: real servers, end to end.
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --durations=15
 	PYTHONPATH=$(SPECULATORS) $(BIN)/python -m pytest -m slow tests/export/test_speculators_package.py
 
 lint: setup  ## Check format, style and types.
