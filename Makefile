@@ -32,8 +32,8 @@ bundle-8b: setup  ## Build a draft for the demo target at the size of an 8B mode
 	@test -d $(INFLATED) || $(BIN)/python -m specforge_core.demo.inflate --shape llama-3.1-8b --out $(INFLATED)
 	$(BIN)/specbundle --manifest specforge_core/demo/inflated_manifest.yaml --store .specbundle build
 
-test: setup  ## Run the tests, without those that take minutes.
-	$(BIN)/python -m pytest
+test: setup  ## Run the tests, without those that take minutes, two files at a time.
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup $(SPECULATORS)/.installed  ## Run the tests that take minutes: real servers, end to end.
 	$(BIN)/python -m pytest -m slow --durations=15
