@@ -5,7 +5,7 @@ from statistics import median
 
 from specforge_core.benchmark.compare import Comparison, in_percent
 from specforge_core.benchmark.sweep import baseline_speed, best_per_load, output_speed, switch_off_at
-from specforge_core.facts import BenchmarkResult, Measurement, SweepPoint
+from specforge_core.facts import BenchmarkResult, Environment, Measurement, SweepPoint
 
 RESULT_LEGEND = (
     "Acceptance length: output tokens per verification step of the target, its own token included. Tokens/s: medians "
@@ -148,9 +148,14 @@ def measured_on(result: BenchmarkResult) -> str:
     servers = sorted({server.version for server in result.servers.values()})
     engine = f"SGLang {', '.join(servers)}; " if servers else ""
     return (
-        f"{engine}{environment.gpu or 'No GPU'}; {environment.cpu}, {environment.num_threads} threads; {versions}; "
+        f"{engine}{environment.gpu or 'No GPU'}; {processor(environment)}; {versions}; "
         f"commit {environment.commit or 'unknown'}."
     )
+
+
+def processor(environment: Environment) -> str:
+    """`AMD EPYC, 2 threads`."""
+    return f"{environment.cpu}, {environment.num_threads} thread{'' if environment.num_threads == 1 else 's'}"
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:

@@ -22,6 +22,7 @@ from specforge_core.benchmark.sweep import LAUNCH_NOTE, best_per_load, launch_li
 from specforge_core.benchmark.tables import (
     comparison_rows,
     measured_on,
+    processor,
     result_legend,
     result_rows,
     server_rows,
@@ -148,9 +149,7 @@ def _entry(view: EntryView, anchors: tuple[Anchor, ...]) -> dict[str, Any]:
 
 def hardware_of(result: BenchmarkResult) -> str:
     """What the figures were measured on, in a word."""
-    environment = result.environment
-    threads = "1 thread" if environment.num_threads == 1 else f"{environment.num_threads} threads"
-    return environment.gpu or f"{environment.cpu}, {threads}"
+    return result.environment.gpu or processor(result.environment)
 
 
 def web_url(text: str | None) -> str | None:
