@@ -31,3 +31,11 @@ def files_sha256(paths: Sequence[Path], *, desc: str) -> list[str]:
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         hashes = pool.map(file_sha256, paths)
         return list(progress(hashes, desc=desc, total=len(paths), unit="file", delay=SILENT_S))
+
+
+def folder_sha256(folder: Path) -> dict[str, str]:
+    """The sha256 of every file below a folder, by its name there; empty if there is no folder."""
+    root = folder.resolve()
+    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    hashes = files_sha256(paths, desc=f"reading {folder.name}")
+    return {path.relative_to(root).as_posix(): sha256 for path, sha256 in zip(paths, hashes, strict=True)}

@@ -14,12 +14,13 @@ from prefect.cache_policies import NO_CACHE
 from specforge_core.artifacts import BuildArtifacts, write_atomically
 from specforge_core.benchmark.headline import headline
 from specforge_core.benchmark.report import EntryReport, make_report
+from specforge_core.digests import folder_sha256
 from specforge_core.facts import Published, Withheld
 from specforge_core.hub.access import check_write_access
 from specforge_core.hub.client import Hub
 from specforge_core.hub.dataset import dataset_files
 from specforge_core.hub.publication import Part, PublishPlan, plan_parts, publish_parts
-from specforge_core.hub.repository import folder_sha256, publish_directory, repository_files
+from specforge_core.hub.repository import publish_directory, repository_files
 from specforge_core.hub.upload import Repository
 from specforge_core.manifest import ManifestEntry
 from specforge_core.manifest_publish import Destination

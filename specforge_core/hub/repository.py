@@ -27,7 +27,7 @@ from huggingface_hub import try_to_load_from_cache
 from specforge_core.artifacts import BuildArtifacts
 from specforge_core.benchmark.plots import png_plots
 from specforge_core.benchmark.report import EntryReport
-from specforge_core.digests import digest, file_sha256
+from specforge_core.digests import digest, file_sha256, folder_sha256
 from specforge_core.facts import Published
 from specforge_core.hub.card import LICENSE_FOLDER, LICENSE_NAME, PLOTS_FOLDER, model_card
 from specforge_core.manifest_sections import NAME_PATTERN
@@ -143,12 +143,6 @@ def _check_file_name(name: str) -> None:
 
 def _content_sha256(content: Path | bytes) -> str:
     return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else file_sha256(content)
-
-
-def folder_sha256(folder: Path) -> dict[str, str]:
-    """The sha256 of every file below a folder, by its name there; empty if there is no folder."""
-    paths = (path for path in folder.resolve().rglob("*") if path.is_file())
-    return {path.relative_to(folder.resolve()).as_posix(): file_sha256(path) for path in paths}
 
 
 def _json_bytes(value: Any) -> bytes:

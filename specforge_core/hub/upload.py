@@ -16,7 +16,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-from specforge_core.digests import digest, files_sha256
+from specforge_core.digests import digest, folder_sha256
 from specforge_core.facts import Record
 from specforge_core.hub.client import Hub
 from specforge_core.progress import progress
@@ -183,11 +183,10 @@ def git_oid(content: bytes) -> str:
 
 
 def _local_files(folder: Path) -> dict[str, _LocalFile]:
-    paths = sorted(path for path in folder.resolve().rglob("*") if path.is_file())
-    hashes = files_sha256(paths, desc=f"reading {folder.name}")
+    root = folder.resolve()
     return {
-        path.relative_to(folder.resolve()).as_posix(): _LocalFile(path, sha256, path.stat().st_size)
-        for path, sha256 in zip(paths, hashes, strict=True)
+        name: _LocalFile(root / name, sha256, (root / name).stat().st_size)
+        for name, sha256 in folder_sha256(folder).items()
     }
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from specforge_core.digests import folder_sha256
 from specforge_core.hub.publication import PublishPlan
-from specforge_core.hub.repository import folder_sha256
 from tests.factory import make_factory, tiny_entry
 from tests.hub_like import server
 from tests.hub_like.api import Account

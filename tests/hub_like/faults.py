@@ -24,12 +24,11 @@ from huggingface_hub import constants, get_session
 
 from specforge_core.artifacts import write_atomically
 from specforge_core.benchmark.tables import markdown_table
-from specforge_core.digests import digest, file_sha256
+from specforge_core.digests import digest, file_sha256, folder_sha256
 from specforge_core.environment import environment
 from specforge_core.facts import Environment, Record
 from specforge_core.hub.client import Hub
 from specforge_core.hub.publication import Part, publish_parts
-from specforge_core.hub.repository import folder_sha256
 from specforge_core.hub.upload import CHAMPION_TAG, Repository, content_tag
 from tests.hub_like import server
 from tests.hub_like.injection import FOREVER, Fault

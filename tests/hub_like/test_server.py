@@ -10,8 +10,8 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from specforge_core.digests import folder_sha256
 from specforge_core.hub import client
-from specforge_core.hub.repository import folder_sha256
 from specforge_core.hub.upload import Repository, upload_folder
 from tests.hub_like import server
 

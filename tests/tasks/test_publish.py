@@ -10,9 +10,9 @@ from huggingface_hub import DatasetCard, constants, snapshot_download
 
 from specforge_core.artifacts import BuildArtifacts, seal
 from specforge_core.data.conversations import Conversation, write_conversations
+from specforge_core.digests import folder_sha256
 from specforge_core.facts import Published, Withheld
 from specforge_core.hub.publication import PublishPlan
-from specforge_core.hub.repository import folder_sha256
 from specforge_core.manifest import ManifestEntry
 from specforge_core.manifest_publish import PublishConfig
 from specforge_core.plan import Recipe

@@ -10,8 +10,8 @@ from huggingface_hub import HfApi
 from specforge_core import cli
 from specforge_core.artifacts import BuildArtifacts, load_artifact, seal
 from specforge_core.benchmark.report import make_report
+from specforge_core.digests import folder_sha256
 from specforge_core.facts import Published, Rejected, ServingDraft
-from specforge_core.hub.repository import folder_sha256
 from specforge_core.ledger import load_entry_record, record_outcome, record_stage
 from specforge_core.manifest_publish import PublishConfig
 from tasks import rollback as rollback_module
