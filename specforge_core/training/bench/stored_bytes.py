@@ -29,8 +29,8 @@ DTYPES: tuple[FeatureDtype, ...] = ("bfloat16", "float8")
 SHARES = (0.2, 0.5, 1.0)
 NUM_TOKENS = 8192
 SEED = 0
-PUBLIC_TOKENS = 1.4e6 * 872
-"""Of the public SpecBundle's 1.4 million conversations: 40 TB at 32 KiB a token."""
+PUBLIC_TOKENS = 40 * TB / (32 * KIB)
+"""Of the public SpecBundle's 1.4 million conversations: what their features take, by what a token takes."""
 STEM = "stored-bytes"
 
 
