@@ -26,6 +26,8 @@ class EntryRow(Record):
     speedup: float | None = None
     detail: str
     """Where it was published, the gates that failed, the error, or why it was skipped."""
+    place: str | None = None
+    """URL or folder of what was published."""
     elapsed_s: float | None = None
 
     @property
@@ -91,8 +93,10 @@ class BuildSummary(Record):
 def row_of_outcome(name: str, outcome: Outcome, *, store: Path, elapsed_s: float) -> EntryRow:
     """The row of a build that reached its end."""
     status: Any
+    place = None
     if isinstance(outcome, Published):
-        status, detail = "published", f"{outcome.url or outcome.path}{'' if outcome.changed else ' (unchanged)'}"
+        place = outcome.url or str(outcome.path)
+        status, detail = "published", f"{place}{'' if outcome.changed else ' (unchanged)'}"
     elif isinstance(outcome, Rejected):
         first, *others = outcome.failures
         status, detail = "rejected", first.message + (f" (and {len(others)} more, in its report)" if others else "")
@@ -106,6 +110,7 @@ def row_of_outcome(name: str, outcome: Outcome, *, store: Path, elapsed_s: float
         acceptance_length=means.acceptance_length if means else None,
         speedup=means.speedup if means else None,
         detail=detail,
+        place=place,
         elapsed_s=elapsed_s,
     )
 
@@ -129,7 +134,6 @@ def show_summary(summary: BuildSummary) -> None:
             key="specbundle-comparison", link=summary.comparison_url, link_text="All entries side by side in MLflow"
         )
     for row in summary.rows:
-        if row.status == "published":
-            place = row.detail.removesuffix(" (unchanged)")
-            link = place if place.startswith("http") else Path(place).as_uri()
-            create_link_artifact(key=artifact_key(f"draft-{row.entry}"), link=link, link_text=place)
+        if row.place:
+            link = row.place if row.place.startswith("http") else Path(row.place).as_uri()
+            create_link_artifact(key=artifact_key(f"draft-{row.entry}"), link=link, link_text=row.place)
