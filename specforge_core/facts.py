@@ -191,6 +191,11 @@ class Measurement(Record):
         return ratio_interval([self.prompts.num_output_tokens], [self.prompts.num_verify_steps])
 
     @property
+    def speedup_interval(self) -> Interval:
+        """The speedup with its 95 % interval."""
+        return Interval(self.speedup, self.speedup_low, self.speedup_high)
+
+    @property
     def serving_gap(self) -> float | None:
         """How far what the server accepts is from what the reference does, as a share of the latter; None where there
         is no reference."""

@@ -168,7 +168,7 @@ def _speedup(new: Measurement, before: Measurement) -> Change:
     # Measured apart from each other, so their intervals add up.
     ratio = product_interval(
         [
-            Interval(new.speedup, new.speedup_low, new.speedup_high),
+            new.speedup_interval,
             Interval(1 / before.speedup, 1 / before.speedup_high, 1 / before.speedup_low),
         ]
     )

@@ -151,7 +151,7 @@ def _eval_results(report: EntryReport) -> Iterator[EvalResult]:
         length = (one.acceptance_length, one.acceptance_length_low, one.acceptance_length_high)
         for metric_type, metric_name, (value, low, high) in (
             ("acceptance_length", "Acceptance length", length),
-            ("speedup", "Speedup of output tokens/s", (one.speedup, one.speedup_low, one.speedup_high)),
+            ("speedup", "Speedup of output tokens/s", one.speedup_interval),
         ):
             yield EvalResult(
                 task_type="text-generation",

@@ -90,8 +90,7 @@ class EntryView(NamedTuple):
         suites = [m for m in measurements if m.serving == measurements[0].serving]
         if not suites:
             return None
-        intervals = [Interval(m.speedup, m.speedup_low, m.speedup_high) for m in suites]
-        return product_interval(intervals, power=1 / len(intervals))
+        return product_interval([m.speedup_interval for m in suites], power=1 / len(suites))
 
     @property
     def num_identical(self) -> tuple[int, int] | None:
