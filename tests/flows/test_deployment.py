@@ -23,7 +23,8 @@ import psutil
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
-from prefect.events import emit_event
+from prefect.events import Event, Resource
+from prefect.events.clients import get_events_client
 from prefect.events.related import tags_as_related_resources
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Running
@@ -205,6 +206,15 @@ def test_a_cancelled_run_leaves_no_stage_behind(tmp_path: Path, services: Servic
     assert stages() == []
 
 
+def heartbeat(run: UUID, tags: set[str]) -> Event:
+    """What a run's process sends every 30 seconds."""
+    return Event(
+        event="prefect.flow-run.heartbeat",
+        resource=Resource({"prefect.resource.id": f"prefect.flow-run.{run}"}),
+        related=tags_as_related_resources(tags),
+    )
+
+
 def test_a_run_that_falls_silent_becomes_crashed(tmp_path: Path, services: Services) -> None:
     (_, lost) = yaml.safe_load((REPOSITORY / "pools/automations.yaml").read_text())["automations"]
     # Ten minutes are long; ten seconds are the least that Prefect takes.
@@ -214,18 +224,15 @@ def test_a_run_that_falls_silent_becomes_crashed(tmp_path: Path, services: Servi
 
     async def run_and_fall_silent() -> list[str]:
         """States of a run that falls silent, and of one that nobody expects to hear of."""
-        async with get_client() as client:
+        # Not `emit_event`: its sender stays with the server that this process first sent an event to.
+        async with get_client() as client, get_events_client() as events:
             runs = [
                 await client.create_flow_run(specbundle, state=Running(), tags=tags) for tags in (["specbundle"], [])
             ]
             # A server that does not know the automation yet forgets the first of them.
             for _ in range(4):
                 for run, tags in zip(runs, ({"specbundle"}, set()), strict=True):
-                    emit_event(
-                        "prefect.flow-run.heartbeat",
-                        resource={"prefect.resource.id": f"prefect.flow-run.{run.id}"},
-                        related=tags_as_related_resources(tags),
-                    )
+                    await events.emit(heartbeat(run.id, tags))
                 for _ in range(150):
                     states = [(await client.read_flow_run(run.id)).state for run in runs]
                     names = [state.name for state in states if state]
