@@ -39,17 +39,21 @@ class Meter:
         self._num_tokens += num_tokens
 
     def metrics(self, learning_rate: float, grad_norm: Tensor) -> dict[str, float]:
-        """For `metrics.jsonl`. Raises: FloatingPointError if the loss is no number any more."""
-        metrics = loss_metrics(self._losses, "train")
-        if not math.isfinite(metrics["train/loss"]):
-            raise FloatingPointError(
-                f"the training loss is {metrics['train/loss']} at a learning rate of {learning_rate:.3g}; "
-                "lower training.learning_rate (training.muon_learning_rate) or training.max_grad_norm"
-            )
+        """For `metrics.jsonl`.
+
+        Args: grad_norm: of the last step. Raises: FloatingPointError if the losses or that are no numbers any more.
+        """
+        metrics = loss_metrics(self._losses, "train") | {"train/grad_norm": grad_norm.item()}
+        # The norm too: the step has spoilt weights whose loss nobody has seen yet, and they must not be saved.
+        for name, what in (("train/loss", "the training loss"), ("train/grad_norm", "the norm of the gradient")):
+            if not math.isfinite(metrics[name]):
+                raise FloatingPointError(
+                    f"{what} is {metrics[name]} at a learning rate of {learning_rate:.3g}; "
+                    "lower training.learning_rate (training.muon_learning_rate) or training.max_grad_norm"
+                )
         elapsed_s = time.monotonic() - self._started_at
         return metrics | {
             "train/learning_rate": learning_rate,
-            "train/grad_norm": grad_norm.item(),
             "train/tokens_per_s": self._num_tokens / elapsed_s,
             "train/supervised_tokens_per_s": self._losses.num_tokens.item() / elapsed_s,
         }

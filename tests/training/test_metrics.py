@@ -41,6 +41,14 @@ def test_a_loss_that_is_no_number_stops_training():
         meter.metrics(0.1, torch.tensor(1.0))
 
 
+def test_a_gradient_that_is_no_number_stops_training_before_the_weights_that_it_spoilt_are_saved():
+    meter = Meter(2, torch.device("cpu"))
+    meter.add(losses(6.0), num_tokens=10)
+    for norm in ("nan", "inf"):
+        with pytest.raises(FloatingPointError, match=rf"gradient is {norm} at a learning rate of 0\.1"):
+            meter.metrics(0.1, torch.tensor(float(norm)))
+
+
 def test_lines_behind_the_checkpoint_and_unfinished_ones_are_dropped(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     drop_metrics_after(path, 3)
