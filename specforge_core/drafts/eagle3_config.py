@@ -64,6 +64,9 @@ def rope_parameters(target_config: dict[str, Any]) -> dict[str, Any]:
     rope_type = rope.pop("type", "default")
     rope.setdefault("rope_type", rope_type)
     rope.setdefault("rope_theta", target_config.get("rope_theta", 10_000.0))
+    if rope["rope_type"] == "default":
+        # Nothing else counts then: `mrope_section` says how a target rotates images.
+        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     # The draft rotates whole heads, whatever part of its own the target rotates.
     rope.pop("partial_rotary_factor", None)
     return rope

@@ -213,6 +213,15 @@ def test_bfloat16_does_not_round_the_frequencies():
             {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0, "partial_rotary_factor": 0.5}},
             {"rope_type": "default", "rope_theta": 5.0},
         ),
+        # What Qwen2.5-VL says of images; in text all three sections count alike.
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0, "mrope_section": [16, 24, 24]}},
+            {"rope_type": "default", "rope_theta": 5.0},
+        ),
+        (
+            {"rope_theta": 5.0, "rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}},
+            {"rope_type": "default", "rope_theta": 5.0},
+        ),
         (
             {
                 "rope_parameters": {
@@ -223,7 +232,7 @@ def test_bfloat16_does_not_round_the_frequencies():
             {"rope_type": "default", "rope_theta": 5.0},
         ),
     ],
-    ids=["v4", "v4-null", "v4-old-name", "v5-partial", "v5-by-layer-type"],
+    ids=["v4", "v4-null", "v4-old-name", "v5-partial", "v5-mrope", "v4-mrope", "v5-by-layer-type"],
 )
 def test_rope_is_read_from_either_schema(target_config: dict[str, Any], expected: dict[str, Any]):
     assert rope_parameters(target_config) == expected
