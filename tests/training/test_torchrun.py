@@ -5,12 +5,11 @@ The nodes are two launchers on this machine, which meet as those of two machines
 
 import contextlib
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from specforge_core.artifacts import PROGRESS_DIRECTORY, load_artifact
+from specforge_core.benchmark.server import free_port
 from specforge_core.data.loader import FeatureSet
 from specforge_core.facts import DraftCheckpoint
 from specforge_core.manifest_sections import ParallelConfig
@@ -38,10 +38,8 @@ END_TIMEOUT_S = 90.0
 
 @pytest.fixture
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     monkeypatch.setenv("PET_NNODES", "2")
-    monkeypatch.setenv("PET_RDZV_ENDPOINT", f"127.0.0.1:{port}")
+    monkeypatch.setenv("PET_RDZV_ENDPOINT", f"127.0.0.1:{free_port()}")
 
 
 def command(spec: TrainSpec, out: Path) -> list[str]:
@@ -92,14 +90,30 @@ def start(commands: Sequence[list[str]]) -> list[subprocess.Popen[str]]:
     return [subprocess.Popen(one, env=environment, stderr=subprocess.PIPE, text=True) for one in commands]
 
 
-def assert_trained_like_one(spec: TrainSpec, out: Path, alone: Path) -> None:
-    alone.mkdir()
-    facts, found = main(spec, alone), load_artifact(out, DraftCheckpoint).facts
-    assert (found.step, found.tokens_seen) == (facts.step, facts.tokens_seen)
-    assert len(curve(out)) == len(curve(alone))
-    drafts = [load_file(directory / DRAFT_NAME) for directory in (out, alone)]
+class Alone(NamedTuple):
+    """What one process trained."""
+
+    out: Path
+    facts: DraftCheckpoint
+
+
+def train_alone(spec: TrainSpec, out: Path) -> Alone:
+    out.mkdir()
+    return Alone(out, main(spec, out))
+
+
+@pytest.fixture(scope="module")
+def alone(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    return train_alone(make_spec(inputs), tmp_path_factory.mktemp("alone") / "one")
+
+
+def assert_trained_like_one(out: Path, alone: Alone) -> None:
+    found = load_artifact(out, DraftCheckpoint).facts
+    assert (found.step, found.tokens_seen) == (alone.facts.step, alone.facts.tokens_seen)
+    assert len(curve(out)) == len(curve(alone.out))
+    drafts = [load_file(directory / DRAFT_NAME) for directory in (out, alone.out)]
     assert {name: x.shape for name, x in drafts[0].items()} == {name: x.shape for name, x in drafts[1].items()}
-    for theirs, ours in zip(curve(out), curve(alone), strict=True):
+    for theirs, ours in zip(curve(out), curve(alone.out), strict=True):
         # float32 sums in another order; a wrong divisor or a lost micro-batch is off by tens of percent.
         assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6)
 
@@ -108,31 +122,50 @@ def with_processes(spec: TrainSpec, num_processes: int) -> TrainSpec:
     return spec.model_copy(update={"num_processes": num_processes})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("parallel", [{}, {"cp": 2}, {"tp": 2}], ids=["dp", "cp", "tp"])
-def test_two_processes_train_what_one_trains(parallel: dict[str, int], inputs: Path, tmp_path: Path):
-    spec = make_spec(inputs, parallel=ParallelConfig(**parallel))
-    (launcher,) = start([command(with_processes(spec, 2), tmp_path / "two")])
-    _, errors = launcher.communicate(timeout=END_TIMEOUT_S)
-    assert launcher.returncode == 0, errors
-    assert_trained_like_one(make_spec(inputs), tmp_path / "two", tmp_path / "one")
+class Watched(NamedTuple):
+    """What two processes trained, and where they listened meanwhile."""
+
+    out: Path
+    addresses: set[tuple[str, int]]
 
 
-@pytest.mark.slow
-def test_processes_of_one_host_listen_on_loopback_but_for_the_store_of_torchrun(inputs: Path, tmp_path: Path):
-    spec = with_processes(make_spec(inputs), 2)
-    stage = command(spec, tmp_path / "two")
+@pytest.fixture(scope="module")
+def two(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    out, found = tmp_path_factory.mktemp("two") / "two", set[tuple[str, int]]()
+    stage = command(with_processes(make_spec(inputs), 2), out)
     process = subprocess.Popen(stage, env=os.environ | LOOPBACK_ONLY | {"OMP_NUM_THREADS": "1"})
-    launcher, found = psutil.Process(process.pid), set[tuple[str, int]]()
+    launcher = psutil.Process(process.pid)
     while process.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):
             found |= listening(launcher)
         time.sleep(0.05)
     assert process.returncode == 0
+    return Watched(out, found)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(two: Watched, alone: Alone):
+    assert_trained_like_one(two.out, alone)
+
+
+@pytest.mark.slow
+def test_processes_of_one_host_listen_on_loopback_but_for_the_store_of_torchrun(two: Watched):
     # Both ranks meet over gloo.
-    assert len([ip for ip, _ in found if ip in LOOPBACK]) >= 2
+    assert len([ip for ip, _ in two.addresses if ip in LOOPBACK]) >= 2
     # It takes no address to listen at, and holds addresses alone: see SECURITY.md.
-    assert len([ip for ip, _ in found if ip not in LOOPBACK]) == 1
+    assert len([ip for ip, _ in two.addresses if ip not in LOOPBACK]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["cp", "tp"])
+def test_two_processes_that_share_a_document_or_a_matrix_train_what_one_trains(
+    axis: str, inputs: Path, alone: Alone, tmp_path: Path
+):
+    spec = make_spec(inputs, parallel=ParallelConfig(**{axis: 2}))
+    (launcher,) = start([command(with_processes(spec, 2), tmp_path / "two")])
+    _, errors = launcher.communicate(timeout=END_TIMEOUT_S)
+    assert launcher.returncode == 0, errors
+    assert_trained_like_one(tmp_path / "two", alone)
 
 
 @pytest.mark.slow
@@ -157,7 +190,7 @@ def test_a_process_killed_in_a_checkpoint_ends_both_nodes_and_another_start_fini
     launchers = start([command(spec, out)] * 2)
     reports = [launcher.communicate(timeout=END_TIMEOUT_S)[1] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], reports
-    assert_trained_like_one(spec, out, tmp_path / "one")
+    assert_trained_like_one(out, train_alone(spec, tmp_path / "one"))
 
 
 @pytest.mark.gpu
