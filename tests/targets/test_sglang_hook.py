@@ -220,14 +220,15 @@ def test_a_file_that_cannot_be_written_is_an_error_too(opened: Handover, monkeyp
 def test_answers_without_files_are_noticed_and_older_attempts_are_not_mixed_in(
     opened: Handover, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handover, "WAIT_S", 0.5)
     rid = opened.rid(0, teaching(10, 0))
     server = Server(opened)
     outputs_a, last_a = states(6)
     # The server died behind the first of two chunks.
     server.forward([(rid, 0, 6)], outputs_a, last_a)
-    with pytest.raises(FilesLost, match=r"was answered, but its files did not come within 0\.5 s"):
-        opened.collect(rid)
+    with monkeypatch.context() as impatient:
+        impatient.setattr(handover, "WAIT_S", 0.5)
+        with pytest.raises(FilesLost, match=r"was answered, but its files did not come within 0\.5 s"):
+            opened.collect(rid)
     outputs, last_ND = states(10)
     server.forward([(f"{rid}#2", 0, 10)], outputs, last_ND)
     check(opened.collect(f"{rid}#2"), outputs, last_ND, slice(0, 10), [0])

@@ -1,13 +1,13 @@
 """A real MLflow server, as users start it: for tests over HTTP, and for a picture of its page."""
 
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from flows.services import HOST, is_up
+from specforge_core.benchmark.server import free_port
 from specforge_core.process import SupervisedProcess
 from tasks.tracking import server_command
 
@@ -17,9 +17,7 @@ STARTUP_TIMEOUT_S = 180.0
 @contextmanager
 def mlflow_page(uri: str, *, directory: Path) -> Iterator[int]:
     """The port of a server over that database. Args: directory: of its log, and of artifacts that it is sent."""
-    with socket.socket() as listener:
-        listener.bind((HOST, 0))
-        port = int(listener.getsockname()[1])
+    port = free_port()
     command = [sys.executable, "-m", *server_command(uri, port=port)]
     command += ["--artifacts-destination", str(directory / "artifacts")]
     env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
