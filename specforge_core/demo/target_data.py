@@ -146,20 +146,23 @@ def _chunk(task: tuple[Path, Split, int, int]) -> TokenizedCorpus:
 
 def build_corpus(tokenizer_folder: Path, cache: Path, *, num_conversations: int, seed: int) -> TokenizedCorpus:
     """The tokenized training corpus, made on all cores and kept in `cache` for the next run."""
-    # Ids mean nothing without their tokenizer, so its digest is part of what "done" means.
+    # Ids mean nothing without their tokenizer, so its digest is part of the name.
     tokenizer_digest = hashlib.sha256((tokenizer_folder / "tokenizer.json").read_bytes()).hexdigest()[:16]
-    done = cache / f"corpus-{num_conversations}-{seed}-{tokenizer_digest}.json"
-    paths = [cache / f"{name}.npy" for name in TokenizedCorpus._fields]
+    folder = cache / f"corpus-{num_conversations}-{seed}-{tokenizer_digest}"
+    # Written last.
+    done = folder / "counts.json"
+    paths = [folder / f"{name}.npy" for name in TokenizedCorpus._fields]
     if not done.exists():
-        cache.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         num_chunks = -(-num_conversations // CHUNK_CONVERSATIONS)
-        seeds = range(FIRST_SEED + seed * num_chunks, FIRST_SEED + (seed + 1) * num_chunks)
-        size = min(CHUNK_CONVERSATIONS, num_conversations)
+        first_seed = FIRST_SEED + seed * num_chunks
+        begins = range(0, num_conversations, CHUNK_CONVERSATIONS)
         tasks: list[tuple[Path, Split, int, int]] = [
-            (tokenizer_folder, "train", chunk_seed, size) for chunk_seed in seeds
+            (tokenizer_folder, "train", first_seed + chunk, min(CHUNK_CONVERSATIONS, num_conversations - begin))
+            for chunk, begin in enumerate(begins)
         ]
         # Fresh processes: the parent may hold tokenizer threads, which a fork would lose.
-        with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        with multiprocessing.get_context("spawn").Pool(min(num_chunks, os.cpu_count() or 1)) as pool:
             chunks = list(tqdm(pool.imap(_chunk, tasks), total=num_chunks, desc="generate and tokenize", mininterval=5))
         lengths = np.concatenate([np.diff(chunk.starts_R1) for chunk in chunks])
         np.save(paths[0], np.concatenate([chunk.tokens_N for chunk in chunks]))

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from specforge_core.demo import target_data
 from specforge_core.demo.corpus import generate
-from specforge_core.demo.target_data import load_tokenizer, tokenize
+from specforge_core.demo.target_data import build_corpus, load_tokenizer, tokenize
 
 TARGET = Path(__file__).parents[2] / "specforge_core/demo/target"
 
@@ -43,6 +44,15 @@ def test_a_padded_call_leaves_no_padding_behind(tokenizer: PreTrainedTokenizerBa
     assert len(set(np.diff(before.starts_R1))) > 1
     assert after.starts_R1.tolist() == before.starts_R1.tolist()
     assert after.tokens_N.tolist() == before.tokens_N.tolist()
+
+
+@pytest.mark.slow
+def test_a_folder_keeps_corpora_of_several_sizes_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(target_data, "CHUNK_CONVERSATIONS", 2)
+    # Two processes for three conversations, of which the second has one left.
+    sizes = [2, 3, 2]
+    corpora = [build_corpus(TARGET, tmp_path, num_conversations=size, seed=0) for size in sizes]
+    assert [len(corpus.starts_R1) - 1 for corpus in corpora] == sizes
 
 
 @pytest.mark.slow
