@@ -1,5 +1,7 @@
 """The `config.json` of an EAGLE-3 draft: the one description that training builds from and a server reads."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from transformers import LlamaConfig
@@ -7,6 +9,17 @@ from transformers import LlamaConfig
 from specforge_core.manifest_sections import Eagle3Config
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+ROPE_FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "default": frozenset(),
+        "linear": frozenset({"factor"}),
+        "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+        "yarn": frozenset({"factor", "beta_fast", "beta_slow", "original_max_position_embeddings"}),
+    }
+)
+"""By type, what transformers and the servers read alike, beside the base. A server's YaRN scales by the factor alone,
+whatever `mscale` (DeepSeek, Kimi) or `attention_factor` say. Other types change the frequencies with the length of the
+sequence, so training and serving could not agree."""
 
 
 def make_serving_config(
@@ -57,19 +70,18 @@ def make_serving_config(
 
 
 def rope_parameters(target_config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE of a target's `config.json` in the schema of transformers 5, from either schema."""
+    """RoPE for the draft of a target, in the schema of transformers 5, from its `config.json` in either schema.
+
+    The draft rotates whole heads, all of them alike, whatever of its own the target rotates.
+    """
     rope = target_config.get("rope_parameters") or target_config.get("rope_scaling") or {}
     # Targets with several kinds of layers have one entry for each; the draft's attention is full.
     rope = dict(rope.get("full_attention", rope))
     rope_type = rope.pop("type", "default")
     rope.setdefault("rope_type", rope_type)
     rope.setdefault("rope_theta", target_config.get("rope_theta", 10_000.0))
-    if rope["rope_type"] == "default":
-        # Nothing else counts then: `mrope_section` says how a target rotates images.
-        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-    # The draft rotates whole heads, whatever part of its own the target rotates.
-    rope.pop("partial_rotary_factor", None)
-    return rope
+    fields = {"rope_type", "rope_theta", *ROPE_FIELDS.get(rope["rope_type"], ())}
+    return {name: value for name, value in rope.items() if name in fields}
 
 
 def llama_config(serving_config: dict[str, Any]) -> LlamaConfig:

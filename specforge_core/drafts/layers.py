@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from specforge_core.drafts.eagle3_config import ROPE_FIELDS
 from specforge_core.kernels.precision import at_least_float32
 from specforge_core.kernels.rms_norm import rms_norm
-
-# The other types change the frequencies with the length of the sequence, so training and serving could not agree.
-FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 
 
 class QKV(NamedTuple):
@@ -52,11 +50,11 @@ class Rotary(nn.Module):
     """Cosines and sines of positions, with the frequencies that `transformers` derives from a config."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        """Raises: ValueError for a RoPE type whose frequencies depend on the length of the sequence."""
+        """Raises: ValueError for a RoPE type that is none of `ROPE_FIELDS`."""
         super().__init__()
         rope_type = config.rope_parameters["rope_type"]
-        if rope_type not in FIXED_ROPE_TYPES:
-            raise ValueError(f"rope_type={rope_type!r} is not supported by the draft layer: {sorted(FIXED_ROPE_TYPES)}")
+        if rope_type not in ROPE_FIELDS:
+            raise ValueError(f"rope_type={rope_type!r} is not supported by the draft layer: {sorted(ROPE_FIELDS)}")
         reference = LlamaRotaryEmbedding(config)
         self.scaling = float(reference.attention_scaling)
         self._frequencies = reference.inv_freq.clone()

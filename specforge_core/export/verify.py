@@ -38,6 +38,8 @@ SIZE_FIELDS = (
     "max_position_embeddings",
 )
 FLAG_FIELDS = ("fc_norm", "norm_output")
+ROPE_FIELDS_OF_TRAINING = ("attention_factor", "mscale", "mscale_all_dim", "partial_rotary_factor", "truncate")
+"""That transformers reads, and servers do not, or not all of them."""
 
 
 class TensorForm(NamedTuple):
@@ -169,6 +171,11 @@ def _rope_errors(config: dict[str, Any]) -> list[str]:
     new_theta = new.pop("rope_theta", None)
     if new_theta != config["rope_theta"]:
         errors.append(f"{CONFIG_NAME}: rope_theta is {config['rope_theta']}, but {new_theta} in rope_parameters")
+    errors += [
+        f"{CONFIG_NAME}: rope_parameters has {name}, which training reads and servers do not"
+        for name in ROPE_FIELDS_OF_TRAINING
+        if name in new
+    ]
     old = config["rope_scaling"] or {"rope_type": "default"}
     old = {name: value for name, value in old.items() if name != "rope_theta"}
     if new != old:

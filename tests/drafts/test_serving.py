@@ -33,6 +33,7 @@ LLAMA_31 = {
     "bos_token_id": 128000,
     "eos_token_id": [128001, 128008, 128009],
 }
+YARN = {"factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096}
 
 
 def outputs(draft: Eagle3Draft) -> Tensor:
@@ -222,6 +223,15 @@ def test_bfloat16_does_not_round_the_frequencies():
             {"rope_theta": 5.0, "rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}},
             {"rope_type": "default", "rope_theta": 5.0},
         ),
+        # Kimi K2's, and gpt-oss's way of rounding.
+        (
+            {"rope_theta": 5.0, "rope_scaling": YARN | {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0}},
+            YARN | {"rope_type": "yarn", "rope_theta": 5.0},
+        ),
+        (
+            {"rope_parameters": YARN | {"rope_type": "yarn", "rope_theta": 5.0, "truncate": False}},
+            YARN | {"rope_type": "yarn", "rope_theta": 5.0},
+        ),
         (
             {
                 "rope_parameters": {
@@ -232,7 +242,17 @@ def test_bfloat16_does_not_round_the_frequencies():
             {"rope_type": "default", "rope_theta": 5.0},
         ),
     ],
-    ids=["v4", "v4-null", "v4-old-name", "v5-partial", "v5-mrope", "v4-mrope", "v5-by-layer-type"],
+    ids=[
+        "v4",
+        "v4-null",
+        "v4-old-name",
+        "v5-partial",
+        "v5-mrope",
+        "v4-mrope",
+        "v4-yarn",
+        "v5-yarn",
+        "v5-by-layer-type",
+    ],
 )
 def test_rope_is_read_from_either_schema(target_config: dict[str, Any], expected: dict[str, Any]):
     assert rope_parameters(target_config) == expected

@@ -119,6 +119,13 @@ def test_a_scaled_rope_in_both_schemas_passes(tmp_path: Path) -> None:
     check_serving_folder(write_folder(tmp_path, config, good_tensors("midlayer")), TARGET_CONFIG)
 
 
+def test_a_rope_that_servers_would_scale_otherwise_is_refused(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    config = CONFIG | {"rope_scaling": yarn, "rope_parameters": yarn | {"rope_theta": 10000.0}}
+    message = refusal(write_folder(tmp_path, config, good_tensors("midlayer")))
+    assert "rope_parameters has mscale, which training reads and servers do not" in message
+
+
 @pytest.mark.parametrize("name", ["norm_before_residual", "fc_norm", "norm_output"])
 def test_a_flag_left_to_the_servers_default_is_refused(tmp_path: Path, name: str) -> None:
     config = {key: value for key, value in CONFIG.items() if key != name}
