@@ -29,16 +29,9 @@ from specforge_core.artifacts import Artifact
 from specforge_core.benchmark.compare import Measured, Standing, baseline_speeds, compare
 from specforge_core.benchmark.report import EntryReport, load_report
 from specforge_core.facts import BenchmarkResult, Published, Record, ServingDraft
+from tasks.comparison import SHOWN_TAG, result_metrics
 from tasks.stage import EntryBuild, run_logger
-from tasks.tracking import (
-    SHOWN_TAG,
-    mlflow_client,
-    never_fails,
-    result_metrics,
-    tracking_uri,
-    tracking_works,
-    without_passwords,
-)
+from tasks.tracking import mlflow_client, never_fails, tracking_uri, tracking_works, without_passwords
 
 Status = Literal["candidate", "published", "rejected", "rolled-back"]
 

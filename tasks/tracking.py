@@ -15,17 +15,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Experiment, Metric, Param, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from specforge_core.artifacts import RECORD_NAME, Artifact
-from specforge_core.benchmark.headline import headline
-from specforge_core.benchmark.sweep import baseline_speed, output_speed
-from specforge_core.facts import BenchmarkResult, Measurement
+from specforge_core.facts import BenchmarkResult
 from specforge_core.manifest_sections import Config
+from tasks.comparison import QUERY, SHOWN, SHOWN_TAG, VIEW_TAG, comparison_view, result_curves, result_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +42,6 @@ CLIENT_ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 HOST, PORT = "127.0.0.1", 5000
-SHOWN_TAG = "specbundle.shown"
-"""`true` on the runs that the comparison page charts: each draft once, as it was measured last."""
-
-COMPARISON = {
-    "compareRunsMode": "CHART",
-    "searchFilter": f"tags.`{SHOWN_TAG}` = 'true' and attributes.status != 'FAILED'",
-}
 
 P = ParamSpec("P")
 
@@ -221,16 +213,25 @@ class TrackedRun(Config):
 
 
 def comparison_url(store: Path, *, port: int = PORT) -> str | None:
-    """The page that charts the runs of all entries side by side; None while there are none."""
+    """The page that charts the runs of all entries side by side, arranged for them; None while there are none."""
     uri = tracking_uri(store)
     experiment = None
     if uri not in _failed_uris:
         with never_fails(uri):
-            experiment = mlflow_client(uri).get_experiment_by_name(ENTRIES)
+            client = mlflow_client(uri)
+            if experiment := client.get_experiment_by_name(ENTRIES):
+                _arrange(client, experiment)
     if experiment is None:
         return None
     base = without_passwords(uri) if uri.startswith("http") else f"http://{HOST}:{port}"
-    return f"{base.rstrip('/')}/#/experiments/{experiment.experiment_id}/runs?{urlencode(COMPARISON, quote_via=quote)}"
+    return f"{base.rstrip('/')}/#/experiments/{experiment.experiment_id}/runs?{urlencode(QUERY)}"
+
+
+def _arrange(client: MlflowClient, experiment: Experiment) -> None:
+    shown = client.search_runs([experiment.experiment_id], SHOWN)
+    view = comparison_view(name for run in shown for name in run.data.metrics)
+    if experiment.tags.get(VIEW_TAG) != view:
+        client.set_experiment_tag(experiment.experiment_id, VIEW_TAG, view)
 
 
 def start_run(experiment: str, name: str, *, store: Path, tags: Mapping[str, str]) -> TrackedRun:
@@ -292,43 +293,6 @@ class _MetricsFile:
 def _send(run: TrackedRun, metrics: Sequence[Metric]) -> None:
     for start in range(0, len(metrics), MAX_METRICS_PER_CALL):
         mlflow_client(run.uri).log_batch(run.run_id, metrics=metrics[start : start + MAX_METRICS_PER_CALL])
-
-
-def result_metrics(result: BenchmarkResult) -> dict[str, float]:
-    """`accept_length/<suite>` and `speedup/<suite>`, and their means; the prefix makes a section of the chart view."""
-    metrics: dict[str, float] = {}
-    for measurement in result.measurements:
-        name = _measurement_name(measurement, result)
-        metrics[f"accept_length/{name}"] = measurement.acceptance_length
-        metrics[f"speedup/{name}"] = measurement.speedup
-    if means := headline(result):
-        metrics |= {"accept_length/mean": means.acceptance_length, "speedup/mean": means.speedup}
-    return metrics
-
-
-def result_curves(result: BenchmarkResult) -> dict[str, dict[int, float]]:
-    """By name, the values by step: `suites/by_position/<suite>`, whose steps are draft positions, and of a sweep
-    `throughput/<chain>` (output tokens/s, `without-draft` for the target alone) and `speedup_at/<chain>`, whose steps
-    are concurrencies."""
-    curves: dict[str, dict[int, float]] = {}
-    for measurement in result.measurements:
-        shares = [accepted / measurement.num_verify_steps for accepted in measurement.accepted_by_position]
-        name = _measurement_name(measurement, result)
-        curves[f"suites/by_position/{name}"] = dict(enumerate(shares, start=1))
-    for point in result.sweep:
-        chain, concurrency = point.serving.chain(), point.serving.concurrency
-        alone = [other for other in result.sweep if other.serving.concurrency == concurrency]
-        curves.setdefault("throughput/without-draft", {})[concurrency] = baseline_speed(alone)
-        curves.setdefault(f"throughput/{chain}", {})[concurrency] = output_speed(point)
-        curves.setdefault(f"speedup_at/{chain}", {})[concurrency] = point.speedup
-    return curves
-
-
-def _measurement_name(measurement: Measurement, result: BenchmarkResult) -> str:
-    """The suite; `<suite>-c<concurrency>-<chain>` for other serving configurations than the first."""
-    serving = measurement.serving
-    is_first = serving == result.measurements[0].serving
-    return measurement.suite + ("" if is_first else f"-c{serving.concurrency}-{serving.chain()}")
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ from tests.site.browser import open_browser
 from tests.site.pictures import ROOT
 from tests.tasks.mlflow_page import mlflow_page
 
-WIDTH, HEIGHT, SCALE = 1500, 1000, 1.0
+WIDTH, HEIGHT, SCALE = 1440, 900, 1.0
 DRAWN = """
 const charts = [...document.querySelectorAll('.js-plotly-plot')];
 return charts.length > 3 && charts.every(chart => chart.querySelector('.bars path, .scatterlayer path'));

@@ -11,6 +11,7 @@ from specforge_core.benchmark.compare import Standing
 from specforge_core.benchmark.report import EntryReport, make_report
 from specforge_core.facts import GateFailure, Measurement, Published
 from tasks import registry, tracking
+from tasks.comparison import SHOWN_TAG
 from tasks.registry import begin_rollback, champions, finish_rollback, plan_rollback, promote, register, registered
 from tasks.stage import EntryBuild
 from tests import builds, made_build
@@ -152,7 +153,7 @@ def test_the_same_draft_built_again_is_the_same_version_measured_again(factory: 
     assert tags["speedup/code"] == "1.75"
     # That suite is no longer measured.
     assert "speedup/math" not in tags
-    shown = [factory.client.get_run(run_id).data.tags[tracking.SHOWN_TAG] for run_id in (first.run_id, again.run_id)]
+    shown = [factory.client.get_run(run_id).data.tags[SHOWN_TAG] for run_id in (first.run_id, again.run_id)]
     assert shown == ["false", "true"]
     promote(build, again, published("d1"))
     champion = registered("demo", store=factory.store).champion

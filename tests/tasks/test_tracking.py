@@ -14,9 +14,9 @@ from mlflow.entities import Run
 
 from specforge_core.artifacts import seal
 from specforge_core.facts import Conversations
-from specforge_core.manifest_sections import ServingConfig
 from tasks import tracking
-from tasks.tracking import TrackedRun, comparison_url, result_metrics, start_run, tracking_uri
+from tasks.comparison import SHOWN_TAG
+from tasks.tracking import TrackedRun, comparison_url, start_run, tracking_uri
 from tests import made_build
 
 
@@ -67,16 +67,31 @@ def test_the_comparison_page_charts_the_entries(store: Path, run: TrackedRun) ->
     assert url is not None
     page, _, query = url.partition("?")
     assert page == f"http://127.0.0.1:5001/#/experiments/{experiment}/runs"
-    asked = parse_qs(query)
-    assert asked["compareRunsMode"] == ["CHART"]
-    # As the page itself asks the server: each draft once, and none that broke.
-    client, (condition,) = MlflowClient(run.uri), asked["searchFilter"]
-    broken, superseded = (start_run(tracking.ENTRIES, "demo", store=store, tags={}) for _ in range(2))
+    assert parse_qs(query) == {"compareRunsMode": ["CHART"], "viewStateShareKey": ["specbundle"]}
+
+
+def test_the_view_of_the_comparison_page_has_each_draft_once_and_every_suite_that_one_has(store: Path) -> None:
+    run, broken, superseded = (start_run(tracking.ENTRIES, "demo", store=store, tags={}) for _ in range(3))
+    run.log_metrics({"accept_length/math": 3.0, "speedup/math": 2.0})
+    assert comparison_url(store)
+    assert _view(run)["compareRunCharts"][0]["yaxis"]["key"] == "speedup/math"
+    for other in (broken, superseded):
+        other.log_metrics({"accept_length/old": 3.0, "speedup/old": 2.0})
     broken.end("FAILED")
-    superseded.log_tags({tracking.SHOWN_TAG: "false"})
-    shown = {found.info.run_id for found in client.search_runs([experiment], condition)}
+    superseded.log_tags({SHOWN_TAG: "false"})
+    assert comparison_url(store)
+    # The page asks the server so itself.
+    view, client = _view(run), MlflowClient(run.uri)
+    shown = {found.info.run_id for found in client.search_runs([read(run).info.experiment_id], view["searchFilter"])}
     assert run.run_id in shown
     assert not shown & {broken.run_id, superseded.run_id}
+    assert "speedup/old" not in {chart["yaxis"]["key"] for chart in view["compareRunCharts"]}
+
+
+def _view(run: TrackedRun) -> dict[str, Any]:
+    experiment = MlflowClient(run.uri).get_experiment(read(run).info.experiment_id)
+    view: dict[str, Any] = json.loads(experiment.tags["mlflow.sharedViewState.specbundle"])
+    return view
 
 
 def test_nested_parameters_get_dotted_names(run: TrackedRun) -> None:
@@ -159,35 +174,6 @@ def test_the_host_is_watched_from_outside_of_the_stage(run: TrackedRun, monkeypa
     assert "SystemMetricsMonitor" not in {thread.name for thread in threading.enumerate()}
     (_, percentage), *_ = curve(run, "system/system_memory_usage_percentage")
     assert 0 < percentage < 100
-
-
-def test_result_metrics_are_named_by_suite_and_mean_over_suites() -> None:
-    wide = ServingConfig(concurrency=8)
-    result = made_build.result(
-        # Acceptance lengths 3.0 and 2.0; speedups 2.0 and 1.125, whose geometric mean is 1.5.
-        made_build.measurement("math"),
-        made_build.measurement("code", num_output_tokens=200, speedup=1.125),
-        made_build.measurement("math", serving=wide, speedup=1.25),
-    )
-    assert result_metrics(result) == pytest.approx(
-        {
-            "accept_length/math": 3.0,
-            "accept_length/code": 2.0,
-            "accept_length/math-c8-3-1-4": 3.0,
-            "accept_length/mean": 2.5,
-            "speedup/math": 2.0,
-            "speedup/code": 1.125,
-            "speedup/math-c8-3-1-4": 1.25,
-            "speedup/mean": 1.5,
-        }
-    )
-
-
-def test_serving_configurations_that_differ_in_their_tree_alone_have_names_of_their_own() -> None:
-    servings = (made_build.chain(5, 1, 6), made_build.chain(5, 4, 16), made_build.chain(5, 4, 32))
-    result = made_build.result(*(made_build.measurement(serving=serving) for serving in servings))
-    names = {name.removeprefix("speedup/") for name in result_metrics(result) if name.startswith("speedup/")}
-    assert names == {"math", "math-c1-5-4-16", "math-c1-5-4-32", "mean"}
 
 
 def test_a_sweep_is_curves_over_the_concurrency_and_acceptance_one_over_the_position(run: TrackedRun) -> None:
