@@ -89,13 +89,13 @@ def num_answers(journal: Path) -> dict[str, int]:
 
 
 def test_many_requests_are_in_flight_and_no_more_than_allowed(tmp_path: Path) -> None:
-    with serving(tmp_path, Behaviour(step_delay_s=0.01)) as servers:
+    with serving(tmp_path, Behaviour(step_delay_s=0.03)) as servers:
         check_answers(servers, jobs(120), max_in_flight=24)
         assert peak_running(servers[0]) == 24
 
 
 def test_replicas_share_the_load(tmp_path: Path) -> None:
-    with serving(tmp_path, Behaviour(step_delay_s=0.01), num_servers=3) as servers:
+    with serving(tmp_path, Behaviour(step_delay_s=0.03), num_servers=3) as servers:
         check_answers(servers, jobs(120), max_in_flight=24)
         assert [peak_running(server) for server in servers] == [8, 8, 8]
         counts = [server_info(server.url)["internal_states"][0]["num_requests"] for server in servers]
@@ -171,7 +171,7 @@ def test_what_was_in_flight_when_a_server_died_is_asked_of_its_successor(tmp_pat
 
 def test_a_deaf_server_is_noticed_by_its_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "SILENCE_S", 0.3)
-    monkeypatch.setattr("specforge_core.benchmark.server.HEALTH_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("specforge_core.benchmark.server.HEALTH_TIMEOUT_S", 1.0)
     behaviour = Behaviour(deaf_after=10, num_faulty_starts=1, journal=str(tmp_path / "journal"))
     with serving(tmp_path, behaviour) as servers:
         check_answers(servers, jobs(40))

@@ -48,11 +48,11 @@ def test_as_many_requests_as_there_are_workers_are_in_flight_and_never_more(tmp_
             assert server_info(server.url)["internal_states"][0]["peak_running"] == concurrency
             assert sorted(one.generation.completion.id for one in run.answered) == sorted(r.id for r in REQUESTS)
             assert run.is_undisturbed
-            # Nobody waits: the work of all is what the workers did all the time, but for the end.
+            # Nobody waits: the first of all workers start before any has an answer, and the run ends with its last.
             starts = sorted(one.started_s for one in run.answered)
-            assert all(start < 0.05 for start in starts[:concurrency])
-            last = max(one.started_s + one.generation.elapsed_s for one in run.answered)
-            assert last == pytest.approx(run.elapsed_s, abs=0.05)
+            ends = sorted(one.started_s + one.generation.elapsed_s for one in run.answered)
+            assert starts[concurrency - 1] < ends[0]
+            assert ends[-1] <= run.elapsed_s < ends[-1] + 0.5
             for generation, _, _ in run.answered:
                 assert generation.elapsed_s >= 0.01 * len(generation.completion.token_ids)
     assert len(done) == 2 * len(REQUESTS)

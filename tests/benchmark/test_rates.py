@@ -114,13 +114,13 @@ def test_a_short_context_is_lengthened_in_a_view_of_the_target(tiny_target: Reso
 
 def test_a_saturated_server_gets_everything_at_once_and_answers_in_full(tmp_path: Path) -> None:
     requests = [RawRequest(f"r{i}", [i, 1, 2], 5 + i) for i in range(8)]
-    behaviour = Behaviour(step_delay_s=0.01)
+    behaviour = Behaviour(step_delay_s=0.03)
     with serving(tmp_path, behaviour) as (server,):
         done = saturate(server.url, requests)
         peak = server_module.server_info(server.url)["internal_states"][0]["peak_running"]
-    # 5 + .. + 12; the longest takes 12 steps of 0.01 s, all of them together 68.
+    # 5 + .. + 12; the longest takes 12 steps of 0.03 s, one after the other they would take 68.
     assert (done.num_prompt_tokens, done.num_output_tokens, peak) == (24, 68, 8)
-    assert 0.12 <= done.elapsed_s < 0.6
+    assert 12 * 0.03 <= done.elapsed_s < 68 * 0.03
 
 
 def test_a_load_that_is_not_answered_in_full_is_no_measurement(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_a_dying_server_costs_a_run_and_nothing_else(run, tmp_path):
 
 def test_each_point_of_a_sweep_answers_its_share_at_its_concurrency(run, tmp_path):
     sweep = SweepConfig(chains=((1, 1, 2), (4, 2, 8)), concurrencies=(1, 3), requests_per_slot=2, max_new_tokens=10)
-    result = run(Behaviour(step_delay_s=0.002), sweep=sweep)
+    result = run(Behaviour(step_delay_s=0.005), sweep=sweep)
     assert [(p.serving.chain(), p.serving.concurrency) for p in result.sweep] == [
         ("1-1-2", 1),
         ("1-1-2", 3),
