@@ -16,6 +16,10 @@ WORTH_A_CHANGE = 0.95
 TENSOR_PARALLEL = (1, 2, 4, 8, 16, 32)
 FLOAT8_BLOCK = 128
 """Of the public FP8 revisions."""
+NARROWEST_HEAD = 16
+"""Of `kernels/ttt_attention.py`, which takes powers of two."""
+FLOAT8_MULTIPLE = 16
+"""Of `kernels/float8_product.py`."""
 LARGEST_FRACTION = 0.95
 """Of a GPU's memory for two servers that share it; the rest is their activations and contexts."""
 
@@ -29,6 +33,7 @@ def problems(job: Job, free_disk_bytes: float | None) -> tuple[str, ...]:
         *_server_problems(job),
         *_live_problems(job),
         *_benchmark_problems(job),
+        *_draft_problems(job),
         *_training_problems(job),
         *_disk_problems(job, free_disk_bytes),
     )
@@ -138,6 +143,25 @@ def colocated_bytes_per_gpu(job: Job) -> float:
     kv_bytes = max(loads) * server.model.kv_bytes_per_gpu(server.tensor_parallel)
     draft_bytes = COMPUTE_BYTES * num_parameters(job.draft) / server.tensor_parallel
     return 2 * (server.weight_bytes_per_gpu + kv_bytes) + draft_bytes
+
+
+def _draft_problems(job: Job) -> Iterator[str]:
+    """Sizes that the kernels of training refuse, hours later."""
+    draft = job.draft
+    wider = max(NARROWEST_HEAD, 1 << (draft.head_dim - 1).bit_length())
+    if wider != draft.head_dim:
+        yield (
+            f"heads of {draft.head_dim} are none that training's attention takes on a GPU; set draft.head_dim: {wider}"
+        )
+    if not job.entry.training.float8_matmuls:
+        return
+    for name in ("intermediate_size", "draft_vocab_size"):
+        size = getattr(draft, name)
+        if size % FLOAT8_MULTIPLE:
+            yield (
+                f"training.float8_matmuls takes multiples of {FLOAT8_MULTIPLE}, not draft.{name}={size}; "
+                f"set draft.{name}: {size // FLOAT8_MULTIPLE * FLOAT8_MULTIPLE}"
+            )
 
 
 def _training_problems(job: Job) -> Iterator[str]:

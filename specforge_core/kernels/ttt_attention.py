@@ -299,7 +299,10 @@ def ttt_attention(
         return ttt_attention_reference(query_RNC, key_value_TEC, own_key_values, start_R, slot_R)
     head_width = query_RNC.shape[2]
     if head_width < 16 or head_width & (head_width - 1):
-        raise ValueError(f"head width {head_width}: the kernels need a power of two from 16 on")
+        wider = max(16, triton.next_power_of_2(head_width))
+        raise ValueError(
+            f"head width {head_width}: the kernels need a power of two from 16 on; set draft.head_dim to {wider}"
+        )
     return _TTTAttention.apply(query_RNC, key_value_TEC, plan, *own_key_values)
 
 

@@ -64,7 +64,10 @@ def test_two_copies_that_do_not_fit_side_by_side_need_colocate_false(job_of: Job
 
 def test_a_server_over_two_hosts_is_named(job_of: JobOf) -> None:
     batch = {"training": {"tokens_per_batch": 131_072}}
-    (problem,) = problems(job_of(entry_of("moonshotai/Kimi-K2-Instruct", **on(16, 16, colocate=False), **batch)), None)
+    # Without it the draft would take 7168 / 64 = 112, see below.
+    draft = {"head_dim": 128}
+    entry = entry_of("moonshotai/Kimi-K2-Instruct", **on(16, 16, colocate=False), draft=draft, **batch)
+    (problem,) = problems(job_of(entry), None)
     assert problem.startswith(
         "engine.tensor_parallel=16 needs one host with so many GPUs, and hosts have 8: take 8 x b200"
     )
@@ -92,3 +95,15 @@ def test_a_better_split_of_live_gpus_is_proposed(job_of: JobOf) -> None:
     found = problems(job_of(entry_of(data={"sources": [{"dataset": "a/b", "limit": 1_000_000}]}, **live)), None)
     assert len(found) == 1
     assert found[0].startswith("features.serve_gpus=7 trains for ")
+
+
+def test_head_widths_and_sizes_that_training_does_not_take_are_said_before_anything_is_captured(job_of: JobOf) -> None:
+    (problem,) = problems(job_of(entry_of(draft={"head_dim": 96})), None)
+    assert problem == "heads of 96 are none that training's attention takes on a GPU; set draft.head_dim: 128"
+    training = {"float8_matmuls": True}
+    (problem,) = problems(job_of(entry_of(draft={"draft_vocab_size": 32_001}, training=training)), None)
+    assert problem == (
+        "training.float8_matmuls takes multiples of 16, not draft.draft_vocab_size=32001; set draft.draft_vocab_size: "
+        "32000"
+    )
+    assert problems(job_of(entry_of(draft={"head_dim": 64}, training=training)), None) == ()
