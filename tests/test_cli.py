@@ -182,7 +182,7 @@ def test_ctrl_c_ends_a_build_without_leftovers_and_the_next_goes_on(tmp_path: Pa
     endless = tiny_entry()
     endless["training"] |= {"num_epochs": 5_000, "checkpoints_per_run": 1000}
     manifest = make_factory(tmp_path, endless)
-    env = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "2"}
+    env = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "TMPDIR": str(tmp_path)}
     env.pop("PREFECT_API_URL", None)
     command = [sys.executable, "-m", "specforge_core.cli", "--manifest", str(manifest), "build"]
     log = tmp_path / "build.log"
