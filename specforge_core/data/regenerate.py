@@ -36,8 +36,8 @@ JOURNAL_NAME = "journal.jsonl"
 METRICS_INTERVAL_S = 10.0
 MAX_REASONS_LOGGED = 10
 MAX_FAILURES_AHEAD = 32
-PROBE_PROMPT_TOKENS = 16
 """A backend that has failed so many more requests than it has answered is broken, not its requests."""
+PROBE_PROMPT_TOKENS = 16
 
 
 class Failure(NamedTuple):
