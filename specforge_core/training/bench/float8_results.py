@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean
 
 from specforge_core.artifacts import write_atomically
-from specforge_core.benchmark.tables import markdown_table
+from specforge_core.benchmark.tables import markdown_table, processor
 from specforge_core.facts import Conversations, Environment, Record
 from specforge_core.manifest_sections import DraftConfig, FeatureDtype, TrainingConfig
 
@@ -102,6 +102,7 @@ with the lowest and the highest; the difference is to the draft of the same seed
 def _sections(run: StudyRun) -> list[str]:
     target, training, made_on = run.target, run.training, run.environment
     versions = ", ".join(f"{name} {version}" for name, version in made_on.versions.items())
+    where = f"{made_on.gpu}; {processor(made_on)}" if made_on.gpu else processor(made_on)
     sizes = ", ".join(f"{size / MIB:,.0f} MiB in {dtype}" for dtype, size in run.feature_bytes.items())
     return [
         f"## {target.name}: {target.num_parameters / 1e6:,.1f} M parameters",
@@ -111,7 +112,7 @@ def _sections(run: StudyRun) -> list[str]:
         f"take {sizes}. A draft sees the others {training.num_epochs} times, "
         f"{training.tokens_per_batch:,} tokens a step, with {run.draft.num_steps} steps of training-time test.",
         markdown_table(_rows(run)),
-        f"{run.hardware}, {made_on.num_threads} threads; {versions}; commit {made_on.commit}; `{made_on.command}`.",
+        f"{where}; {versions}; commit {made_on.commit}; `{made_on.command}`.",
     ]
 
 
