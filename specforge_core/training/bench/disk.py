@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -17,7 +16,8 @@ from specforge_core.targets import TargetFeatures
 from specforge_core.training.bench.batch import CAPTURE_LAYERS, make_batch
 from specforge_core.training.bench.lengths import Conversation
 from specforge_core.training.bench.measure import timed_ms
-from specforge_core.training.bench.shapes import Shape
+from specforge_core.training.bench.results import Mix, StepRow
+from specforge_core.training.bench.shapes import SHAPES, Shape
 from specforge_core.training.optim import build_optimizers
 from specforge_core.training.step import train_step
 from specforge_core.training.train import prepared_batches
@@ -26,45 +26,35 @@ from specforge_core.training.workers import Workers
 SEED = 0
 
 
-class StepTimes(NamedTuple):
-    """Milliseconds by step; see `results.StepRow`."""
-
-    micro_batches: int
-    num_tokens: int
-    stored_bytes: int
-    forward_backward_ms: tuple[float, ...]
-    step_ms: tuple[float, ...]
-    cold_step_ms: tuple[float, ...]
-
-
 def measure_from_disk(
     draft: Eagle3Draft,
-    shape: Shape,
+    mix: Mix,
     conversations: Sequence[Conversation],
     *,
     budget: int,
     micro_batches: Sequence[int],
     num_warm_ups: int,
-) -> Iterator[StepTimes]:
+) -> Iterator[StepRow]:
     """The times of passes over random features of these conversations, for each number of micro-batches a step.
 
-    Weights change. Args: num_warm_ups: micro-batches at the start of a pass that are not timed, rounded up to steps.
+    Weights change. Args: mix: what the conversations are; num_warm_ups: micro-batches at the start of a pass that are
+    not timed, rounded up to steps.
     """
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         device = draft.fc.weight.device
         dtype: FeatureDtype = "bfloat16" if device.type == "cuda" else "float32"
-        write_features(directory, shape, conversations, device=device, dtype=dtype)
+        write_features(directory, SHAPES[mix.shape], conversations, device=device, dtype=dtype)
         plan = FeatureSet(directory).plan(range(len(conversations)), budget, seed=SEED, epoch=0)
         for per_step in micro_batches:
             whole_steps = plan_steps(plan, per_step)[: len(plan) // per_step]
-            yield measure_steps(draft, directory, whole_steps, first_timed=-(-num_warm_ups // per_step))
+            yield measure_steps(draft, mix, directory, whole_steps, first_timed=-(-num_warm_ups // per_step))
     draft.zero_grad()
 
 
 def measure_steps(
-    draft: Eagle3Draft, directory: Path, steps: Sequence[Sequence[list[int]]], *, first_timed: int
-) -> StepTimes:
+    draft: Eagle3Draft, mix: Mix, directory: Path, steps: Sequence[Sequence[list[int]]], *, first_timed: int
+) -> StepRow:
     """The times of these steps, each a list of equally many micro-batches of documents."""
     workers = Workers(0, 1, draft.fc.weight.device)
     optimizers = build_optimizers(draft, config := TrainingConfig())
@@ -85,7 +75,8 @@ def measure_steps(
     forward_backward_ms = timed(lambda: [draft.accumulate_gradients(batch) for batch in islice(loaded, per_step)])
     num_tokens = sum(features.lengths[document] for step in steps[first_timed:] for batch in step for document in batch)
     stored_bytes = sum(shard.size_bytes for shard in load_index(directory).shards)
-    return StepTimes(
+    return StepRow(
+        **dict(mix),
         micro_batches=per_step,
         num_tokens=num_tokens,
         stored_bytes=stored_bytes * num_tokens // sum(features.lengths),

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Literal
 
 from pydantic import Field
 
 from specforge_core.artifacts import write_atomically
 from specforge_core.benchmark.tables import markdown_table
 from specforge_core.facts import Environment, Record
+from specforge_core.training.bench.lengths import Lengths
 
 GIB = 2**30
 TERA = 1e12
@@ -17,13 +17,18 @@ GIGA = 1e9
 MILLISECONDS = 1e3
 
 
-class Row(Record):
-    """One path on one batch."""
+class Mix(Record):
+    """What batches are of."""
 
     shape: str
-    lengths: Literal["uniform", "real"]
+    lengths: Lengths
     share: float
-    """Of the tokens that were to be in answers."""
+    """Of the tokens that are to be in answers."""
+
+
+class Row(Mix):
+    """One path on one batch."""
+
     path: str
     status: str
     """`measured`, `out of memory`, or `failed: ` and why; then there are no times."""
@@ -64,12 +69,9 @@ class Row(Record):
         return self.num_supervised / self.num_tokens
 
 
-class StepRow(Record):
+class StepRow(Mix):
     """The whole training step of our path, batches from the disk, against its forward and backward pass alone."""
 
-    shape: str
-    lengths: Literal["uniform", "real"]
-    share: float
     micro_batches: int
     """Of each step."""
     num_tokens: int

@@ -15,7 +15,7 @@ from specforge_core.training.bench.lengths import Lengths, draw_conversations
 from specforge_core.training.bench.measure import Card, measure, release_memory, size_bytes
 from specforge_core.training.bench.parts import profiled_parts
 from specforge_core.training.bench.paths import PATHS, TrainingPath
-from specforge_core.training.bench.results import MILLISECONDS, Row, StepRow
+from specforge_core.training.bench.results import MILLISECONDS, Mix, Row, StepRow
 from specforge_core.training.bench.shapes import SHAPES, dense_flops, useful_flops
 from specforge_core.training.bench.workload import make_workload
 from specforge_core.training.optim import build_optimizers, take_step
@@ -48,14 +48,6 @@ class Settings(NamedTuple):
     device: torch.device
 
 
-class Mix(NamedTuple):
-    """What batches are of."""
-
-    shape: str
-    lengths: Lengths
-    share: float
-
-
 def measured_rows(settings: Settings, card: Card) -> Iterator[Row]:
     """All rows, as they are measured: shape by shape, path by path."""
     for shape in settings.shapes:
@@ -68,7 +60,7 @@ def measured_rows(settings: Settings, card: Card) -> Iterator[Row]:
             release_memory()
             for mix in mixes:
                 for row in _rows_until_one_fits(path, name, mix, settings, card):
-                    logger.info("%s %s %.0f %%, %s: %s", *mix[:2], 100 * mix.share, name, _in_short(row))
+                    logger.info("%s %s %.0f %%, %s: %s", row.shape, row.lengths, 100 * row.share, name, _in_short(row))
                     yield row
             del path
             release_memory()
@@ -77,29 +69,27 @@ def measured_rows(settings: Settings, card: Card) -> Iterator[Row]:
 def measured_step_rows(settings: Settings) -> Iterator[StepRow]:
     """The whole training step from disk, of each mix."""
     for name in settings.shapes:
-        shape = SHAPES[name]
-        draft = make_draft(shape, num_steps=settings.num_steps, seed=settings.seed, device=settings.device)
+        draft = make_draft(SHAPES[name], num_steps=settings.num_steps, seed=settings.seed, device=settings.device)
         for mix in _mixes(name, settings):
             conversations = draw_conversations(
                 mix.lengths,
                 mix.share,
                 num_tokens=(settings.num_warm_ups + BATCHES_FROM_DISK) * settings.num_tokens,
                 max_tokens=settings.num_tokens,
-                document_tokens=shape.document_tokens,
+                document_tokens=SHAPES[name].document_tokens,
                 seed=settings.seed,
             )
-            for times in measure_from_disk(
+            for row in measure_from_disk(
                 draft,
-                shape,
+                mix,
                 conversations,
                 budget=settings.num_tokens,
                 micro_batches=MICRO_BATCHES,
                 num_warm_ups=settings.num_warm_ups,
             ):
-                row = StepRow(**mix._asdict(), **times._asdict())
                 logger.info(
                     "%s %s %.0f %%, from disk, %d micro-batches a step: %.1f %%",
-                    *mix[:2], 100 * mix.share, row.micro_batches, 100 * row.efficiency,
+                    row.shape, row.lengths, 100 * row.share, row.micro_batches, 100 * row.efficiency,
                 )  # fmt: skip
                 yield row
         del draft
@@ -115,7 +105,7 @@ def _mixes(shape: str, settings: Settings) -> Iterator[Mix]:
             except ValueError as error:
                 logger.warning("left out: %s", error)
             else:
-                yield Mix(shape, lengths, share)
+                yield Mix(shape=shape, lengths=lengths, share=share)
 
 
 def _rows_until_one_fits(path: TrainingPath, path_name: str, mix: Mix, settings: Settings, card: Card) -> Iterator[Row]:
@@ -142,7 +132,7 @@ def _unmeasured(batch: DraftBatch, path: TrainingPath, path_name: str, mix: Mix,
     moved_bytes = size_bytes(batch) + num_parameters * (2 * compute_dtype(settings.device).itemsize + 2 * 4)
     useful = useful_flops(shape, counts)
     return Row(
-        **mix._asdict(),
+        **dict(mix),
         path=path_name,
         status=MEASURED,
         num_documents=int(batch.document_ids_T[-1]) + 1,

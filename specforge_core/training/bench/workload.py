@@ -17,11 +17,8 @@ POOL_BATCHES = 16
 
 
 class Workload(NamedTuple):
-    """One kind of document, dealt to one batch; the two paddings of it are for the two ways to batch."""
+    """One kind of document, dealt to one batch in each of the two ways to batch."""
 
-    lengths: Lengths
-    share: float
-    """Wanted; a batch says what it has."""
     packed: tuple[Conversation, ...]
     """At most the token budget together."""
     padded: tuple[Conversation, ...]
@@ -38,8 +35,8 @@ def make_workload(lengths: Lengths, share: float, *, budget: int, document_token
         lengths, share, num_tokens=num_pool_tokens, max_tokens=budget, document_tokens=document_tokens, seed=seed
     )
     if lengths == "uniform":
-        return Workload(lengths, share, tuple(drawn), tuple(drawn))
-    return Workload(lengths, share, _packed(drawn, share, budget, seed), _padded(drawn, share, budget))
+        return Workload(tuple(drawn), tuple(drawn))
+    return Workload(_packed(drawn, share, budget, seed), _padded(drawn, share, budget))
 
 
 def _packed(drawn: Sequence[Conversation], share: float, budget: int, seed: int) -> tuple[Conversation, ...]:
