@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 
 from specforge_core.benchmark.headline import headline
-from specforge_core.benchmark.sweep import baseline_speed, output_speed
+from specforge_core.benchmark.sweep import output_speed, speeds_without_draft
 from specforge_core.facts import BenchmarkResult, Measurement
 
 ACCEPTANCE, SPEEDUP = "accept_length/", "speedup/"
@@ -71,10 +71,10 @@ def result_curves(result: BenchmarkResult) -> dict[str, dict[int, float]]:
         shares = [accepted / measurement.num_verify_steps for accepted in measurement.accepted_by_position]
         name = _measurement_name(measurement, result)
         curves[f"suites/by_position/{name}"] = dict(enumerate(shares, start=1))
+    if result.sweep:
+        curves["throughput/without-draft"] = speeds_without_draft(result.sweep)
     for point in result.sweep:
         chain, concurrency = point.serving.chain(), point.serving.concurrency
-        alone = [other for other in result.sweep if other.serving.concurrency == concurrency]
-        curves.setdefault("throughput/without-draft", {})[concurrency] = baseline_speed(alone)
         curves.setdefault(f"throughput/{chain}", {})[concurrency] = output_speed(point)
         curves.setdefault(f"speedup_at/{chain}", {})[concurrency] = point.speedup
     return curves

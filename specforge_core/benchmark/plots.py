@@ -8,7 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from specforge_core.artifacts import write_atomically
-from specforge_core.benchmark.sweep import LoadAdvice, baseline_speed, best_per_load, switch_off_at
+from specforge_core.benchmark.sweep import LoadAdvice, best_per_load, speeds_without_draft, switch_off_at
 from specforge_core.facts import BenchmarkResult, Measurement, SweepPoint
 
 if TYPE_CHECKING:
@@ -145,9 +145,8 @@ def sweep_figure(points: Sequence[SweepPoint]) -> "Figure":
     from matplotlib.ticker import LogLocator
 
     figure, (throughput, speedup) = _figure(2)
-    concurrencies = sorted({point.serving.concurrency for point in points})
-    alone = [baseline_speed([p for p in points if p.serving.concurrency == load]) for load in concurrencies]
-    throughput.plot(concurrencies, alone, "k--", marker=".", label="without draft")
+    alone = speeds_without_draft(points)
+    throughput.plot(list(alone), list(alone.values()), "k--", marker=".", label="without draft")
     for index, (chain, line) in enumerate(_by_chain(points).items()):
         style = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)], "label": chain}
         loads = [point.serving.concurrency for point in line]
@@ -159,7 +158,7 @@ def sweep_figure(points: Sequence[SweepPoint]) -> "Figure":
     speedup.axhline(1, color="k", linestyle="--", linewidth=1)
     throughput.set_yscale("log")
     for panel in (throughput, speedup):
-        _concurrency_axis(panel, concurrencies, off_at=switch_off_at(points))
+        _concurrency_axis(panel, list(alone), off_at=switch_off_at(points))
     throughput.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     throughput.yaxis.set_major_formatter("{x:,.0f}")
     throughput.set_title("Throughput", fontsize="medium")

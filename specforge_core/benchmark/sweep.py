@@ -48,15 +48,14 @@ def sweep_servings(sweep: SweepConfig) -> tuple[ServingConfig, ...]:
 def best_per_load(points: Sequence[SweepPoint]) -> tuple[LoadAdvice, ...]:
     """The advice for every concurrency of a sweep, ascending."""
     advice = []
-    for concurrency in sorted({point.serving.concurrency for point in points}):
-        here = [point for point in points if point.serving.concurrency == concurrency]
-        faster = [point for point in here if is_faster(point)]
+    for concurrency, speed_alone in speeds_without_draft(points).items():
+        faster = [point for point in points if point.serving.concurrency == concurrency and is_faster(point)]
         if faster:
             # The shorter of two chains that are equally fast.
             best = max(faster, key=lambda point: (output_speed(point), -point.serving.num_draft_tokens))
             advice.append(LoadAdvice(concurrency, best.serving, output_speed(best), best.speedup))
         else:
-            advice.append(LoadAdvice(concurrency, None, baseline_speed(here), 1.0))
+            advice.append(LoadAdvice(concurrency, None, speed_alone, 1.0))
     return tuple(advice)
 
 
@@ -83,9 +82,12 @@ def output_speed(point: SweepPoint) -> float:
     return median(point.output_tokens_per_s)
 
 
-def baseline_speed(points: Sequence[SweepPoint]) -> float:
-    """The target's own output tokens/s at the one concurrency of these points: the median over all their repeats."""
-    return median(speed for point in points for speed in point.baseline_output_tokens_per_s)
+def speeds_without_draft(points: Sequence[SweepPoint]) -> dict[int, float]:
+    """The target's own output tokens/s by concurrency, ascending: medians over the repeats of all chains."""
+    speeds: dict[int, list[float]] = {}
+    for point in sorted(points, key=lambda point: point.serving.concurrency):
+        speeds.setdefault(point.serving.concurrency, []).extend(point.baseline_output_tokens_per_s)
+    return {concurrency: median(values) for concurrency, values in speeds.items()}
 
 
 def launch_line(

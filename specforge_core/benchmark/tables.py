@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 from specforge_core.benchmark.compare import Comparison, in_percent
-from specforge_core.benchmark.sweep import baseline_speed, best_per_load, output_speed, switch_off_at
+from specforge_core.benchmark.sweep import best_per_load, output_speed, speeds_without_draft, switch_off_at
 from specforge_core.facts import BenchmarkResult, Environment, Measurement, SweepPoint
 
 RESULT_LEGEND = (
@@ -94,6 +94,7 @@ def comparison_rows(comparison: Comparison) -> list[dict[str, str]]:
 def sweep_rows(points: Sequence[SweepPoint]) -> list[dict[str, str]]:
     """One row per concurrency, one column per chain."""
     chains = list(dict.fromkeys(point.serving.chain() for point in points))
+    alone = speeds_without_draft(points)
     rows = []
     for advice in best_per_load(points):
         here = {p.serving.chain(): p for p in points if p.serving.concurrency == advice.concurrency}
@@ -102,7 +103,7 @@ def sweep_rows(points: Sequence[SweepPoint]) -> list[dict[str, str]]:
         rows.append(
             {
                 "requests at once": str(advice.concurrency),
-                "without draft": f"{baseline_speed(list(here.values())):,.0f}",
+                "without draft": f"{alone[advice.concurrency]:,.0f}",
                 **cells,
                 "best": best or "no draft",
             }

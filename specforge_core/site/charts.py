@@ -9,7 +9,7 @@ from typing import Any
 from specforge_core.benchmark.headline import headline
 from specforge_core.benchmark.history import RecordedReport
 from specforge_core.benchmark.plots import position_lines
-from specforge_core.benchmark.sweep import baseline_speed, best_per_load, output_speed
+from specforge_core.benchmark.sweep import best_per_load, output_speed, speeds_without_draft
 from specforge_core.facts import BenchmarkResult, SweepPoint
 from specforge_core.site.anchors import Anchor, comparable
 from specforge_core.site.collect import Curve, EntryView
@@ -189,10 +189,7 @@ def acceptance_by_position(result: BenchmarkResult) -> Spec:
 
 def throughput_over_load(points: Sequence[SweepPoint]) -> Spec:
     """Output tokens/s over the requests at once, a line for each chain and the target alone; rings mark the best."""
-    alone = [
-        {"load": load, "rate": baseline_speed([p for p in points if p.serving.concurrency == load])}
-        for load in _loads(points)
-    ]
+    alone = [{"load": load, "rate": speed} for load, speed in speeds_without_draft(points).items()]
     best = [{"load": a.concurrency, "rate": a.output_tokens_per_s} for a in best_per_load(points) if a.serving]
     scale = {"scale": {"type": "log", "nice": False}, "axis": {"format": ",.0f", "tickCount": 5}}
     return _over_load(points, alone, best, {"field": "rate", **NUMBER, "title": "output tokens/s", **scale})
