@@ -134,50 +134,43 @@ def compare(new: Measured, champion: Measured, *, version: int) -> Comparison:
         if other is None:
             reasons.append(f"{where(measurement)}: version {version} was not measured there")
             continue
-        if change := _acceptance(measurement, other):
-            changes.append(change)
+        if ratio := _acceptance_ratio(measurement, other):
+            champion_length, length = other.acceptance_length, measurement.acceptance_length
+            changes.append(_change("acceptance length", measurement, champion_length, length, ratio))
         else:
             reasons.append(f"acceptance length {where(measurement)}: it shares no two prompts with version {version}")
         if is_same_setting:
-            changes.append(_speedup(measurement, other))
+            ratio = _speedup_ratio(measurement, other)
+            changes.append(_change("speedup", measurement, other.speedup, measurement.speedup, ratio))
     reasons += [f"{where(measurement)}: measured of version {version} alone" for measurement in before.values()]
     return Comparison(version=version, changes=tuple(changes), not_compared=tuple(reasons))
 
 
-def _acceptance(new: Measurement, before: Measurement) -> Change | None:
+def _change(metric: Metric, at: Measurement, champion: float, measured: float, ratio: Interval) -> Change:
+    """Args: at: where both were measured; ratio: `measured / champion`, with its interval."""
+    return Change(
+        metric=metric,
+        suite=at.suite,
+        serving=at.serving,
+        champion=champion,
+        measured=measured,
+        low=ratio.low,
+        high=ratio.high,
+    )
+
+
+def _acceptance_ratio(new: Measurement, before: Measurement) -> Interval | None:
     """None unless both are of the same prompts, at least two."""
     ours, theirs = new.prompts, before.prompts
     if ours is None or theirs is None or ours.ids_digest != theirs.ids_digest or new.num_prompts < 2:
         return None
-    ratio = ratio_interval(
+    return ratio_interval(
         numerators=[ours.num_output_tokens, theirs.num_verify_steps],
         denominators=[ours.num_verify_steps, theirs.num_output_tokens],
     )
-    return Change(
-        metric="acceptance length",
-        suite=new.suite,
-        serving=new.serving,
-        champion=before.acceptance_length,
-        measured=new.acceptance_length,
-        low=ratio.low,
-        high=ratio.high,
-    )
 
 
-def _speedup(new: Measurement, before: Measurement) -> Change:
+def _speedup_ratio(new: Measurement, before: Measurement) -> Interval:
     # Measured apart from each other, so their intervals add up.
-    ratio = product_interval(
-        [
-            new.speedup_interval,
-            Interval(1 / before.speedup, 1 / before.speedup_high, 1 / before.speedup_low),
-        ]
-    )
-    return Change(
-        metric="speedup",
-        suite=new.suite,
-        serving=new.serving,
-        champion=before.speedup,
-        measured=new.speedup,
-        low=ratio.low,
-        high=ratio.high,
-    )
+    inverse = Interval(1 / before.speedup, 1 / before.speedup_high, 1 / before.speedup_low)
+    return product_interval([new.speedup_interval, inverse])
