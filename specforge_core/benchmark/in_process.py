@@ -16,8 +16,8 @@ from specforge_core.benchmark.measure import (
     Run,
     Workload,
     acceptance_length,
-    compare,
     first_answers,
+    lossless_counts,
     summarise,
     timed_runs,
 )
@@ -102,7 +102,7 @@ def measure(subject: Subject, workload: Workload, record: Recorder) -> Measureme
     return figures.model_copy(
         update={
             "ngram_acceptance_length": acceptance_length(ngram.values()),
-            "lossless": compare(subject.check, workload, rounds),
+            "lossless": lossless_counts(subject.check, workload, rounds),
         }
     )
 

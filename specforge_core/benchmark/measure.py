@@ -219,7 +219,7 @@ def _answers(key: AnswerKey, rounds: Rounds, tokenizer: PreTrainedTokenizerBase)
     )
 
 
-def compare(check: LosslessCheck, workload: Workload, rounds: Rounds) -> Lossless | None:
+def lossless_counts(check: LosslessCheck, workload: Workload, rounds: Rounds) -> Lossless | None:
     """How many prompts have the same answer with draft as without; None for sampled answers."""
     if workload.sampling.temperature > 0.0:
         return None

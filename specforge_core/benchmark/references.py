@@ -12,8 +12,8 @@ from specforge_core.benchmark.measure import (
     Rounds,
     Workload,
     acceptance_length,
-    compare,
     first_answers,
+    lossless_counts,
 )
 from specforge_core.decoding.eagle3_drafter import load_eagle3_drafter
 from specforge_core.facts import Measurement
@@ -43,7 +43,7 @@ def with_references(spec: BenchmarkSpec, measured: Sequence[MeasuredSuite]) -> t
     return tuple(
         figures.model_copy(
             update={
-                "lossless": compare(check, workload, rounds),
+                "lossless": lossless_counts(check, workload, rounds),
                 "in_process_acceptance_length": in_process.get(_chain_of(workload)),
                 "served_on_same_prompts": _served_length(spec, workload, rounds)
                 if _chain_of(workload) in in_process
