@@ -16,11 +16,12 @@ __all__ = ["specbundle"]
 
 RECORDER = """
 import json, os, subprocess, sys, time
-journal, stage, *command = sys.argv[1:]
+journal, stage, key, *command = sys.argv[1:]
 # The clock is the same for all processes of a host.
 started_at = time.monotonic()
 status = subprocess.run(command).returncode
-record = {"stage": stage, "pid": os.getpid(), "devices": os.environ["CUDA_VISIBLE_DEVICES"],
+devices = [device for device in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if device]
+record = {"stage": stage, "key": key, "pid": os.getpid(), "devices": devices,
           "started_at": started_at, "stopped_at": time.monotonic()}
 with open(journal, "a") as file:
     file.write(json.dumps(record) + "\\n")
@@ -34,7 +35,7 @@ def recorded_command(spec: StageSpec, spec_path: Path, out: Path) -> list[str]:
     if device := os.environ.get("RECORDING_DEVICE"):
         spec_path.write_text(spec.model_copy(update={"device": device}).model_dump_json())
     command = stage_command(spec, spec_path, out)
-    return [sys.executable, "-c", RECORDER, os.environ["RECORDING"], spec.stage, *command]
+    return [sys.executable, "-c", RECORDER, os.environ["RECORDING"], spec.stage, spec.key(), *command]
 
 
 stage_module.stage_command = recorded_command

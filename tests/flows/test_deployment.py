@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -265,18 +264,23 @@ class RecordedStage(NamedTuple):
     """Where and when a stage ran, by `recorded_build.py`."""
 
     stage: str
+    key: str
     pid: int
-    devices: str
+    devices: list[str]
     started_at: float
     stopped_at: float
 
-    def overlaps(self, other: "RecordedStage") -> bool:
-        return self.started_at < other.stopped_at and other.started_at < self.stopped_at
+    def runs_at(self, moment: float) -> bool:
+        return self.started_at <= moment < self.stopped_at
 
 
-def run_recorded(tmp_path: Path, services: Services, env: dict[str, str]) -> list[RecordedStage]:
-    """The stages of one deployment run over three entries, each for a GPU of its own, on a host with two."""
-    entries = [gpu_entry(name, 1) for name in ("one", "two", "three")]
+def run_recorded(tmp_path: Path, services: Services, num_gpus: int, env: dict[str, str]) -> None:
+    """One deployment run over three entries, on a host with so many GPUs: the leases must be as the entries ask.
+
+    On two GPUs one of the entries waits. On four all are built at once, one of them on two.
+    """
+    wanted = {"one": 1, "two": 1, "three": num_gpus // 2}
+    entries = [gpu_entry(name, number) for name, number in wanted.items()]
     for number, entry in enumerate(entries, 1):
         # So that they share no artifact from training on.
         entry["training"] = entry["training"] | {"learning_rate": number * 1e-3}
@@ -288,40 +292,58 @@ def run_recorded(tmp_path: Path, services: Services, env: dict[str, str]) -> lis
     options = ["-p", f'manifest="{manifest}"', "--job-variable", f"env={job_env}", "--watch"]
     finished = services.run(*options, deployment="specbundle/recorded")
     # Benchmarks beside each other on a few cores disturb each other, so what the gates say of them is no matter here.
-    outcomes = [load_entry_record(tmp_path / ".specbundle", entry["name"]).outcome for entry in entries]
-    assert None not in outcomes, finished.stdout + finished.stderr + services.log.read_text()
-    return [RecordedStage(**json.loads(line)) for line in recording.read_text().splitlines()]
+    records = [load_entry_record(tmp_path / ".specbundle", name) for name in wanted]
+    failed = [record.name for record in records if record.outcome is None]
+    assert not failed, f"{failed}\n" + finished.stdout + finished.stderr + services.log.read_text()
+    stages = [RecordedStage(**json.loads(line)) for line in recording.read_text().splitlines()]
+    askers = [(key, wanted[record.name]) for record in records for key in record.keys.values()]
+    check_leases(stages, num_gpus, askers)
 
 
-def check_leases(stages: list[RecordedStage]) -> None:
-    """One device a stage, one stage a device at a time, and both devices at work at once."""
-    # Targets and data are the same, so the first two are built once.
+def check_leases(stages: list[RecordedStage], num_gpus: int, askers: list[tuple[str, int]]) -> None:
+    """As many devices a stage as an entry asks for, one stage a device at a time, and all devices at work at once.
+
+    Args: askers: key of a stage and number of devices, for each entry that needs the stage.
+    """
+    # Targets and data are the same, so what comes before training is built once.
     counts = Counter(stage.stage for stage in stages)
     assert counts == {"regenerate": 1, "vocabulary": 1, "capture": 1, "train": 3, "export": 3, "benchmark": 3}
     assert len({stage.pid for stage in stages}) == len(stages)
-    assert all(stage.devices == "" for stage in stages if stage.stage in ("vocabulary", "export"))
+    assert all(stage.devices == [] for stage in stages if stage.stage in ("vocabulary", "export"))
     leased = [stage for stage in stages if stage.stage not in ("vocabulary", "export")]
-    assert {stage.devices for stage in leased} == {"0", "1"}
-    pairs = list(itertools.combinations(leased, 2))
-    assert [pair for pair in pairs if pair[0].devices == pair[1].devices and pair[0].overlaps(pair[1])] == []
-    assert any(one.devices != two.devices and one.overlaps(two) for one, two in pairs)
+    assert [stage for stage in leased if (stage.key, len(stage.devices)) not in askers] == []
+    # Of stages that share a moment one begins in it.
+    in_use = [
+        sorted(device for stage in leased if stage.runs_at(moment) for device in stage.devices)
+        for moment in (stage.started_at for stage in leased)
+    ]
+    assert [devices for devices in in_use if len(set(devices)) < len(devices)] == []
+    assert [str(device) for device in range(num_gpus)] in in_use
 
 
-def test_entries_of_a_deployment_run_share_two_gpus_and_never_one(tmp_path: Path, services: Services) -> None:
+@pytest.mark.parametrize("num_gpus", [2, 4])
+def test_entries_of_a_deployment_run_share_gpus_and_never_one(
+    tmp_path: Path, services: Services, num_gpus: int
+) -> None:
     # What the real one prints on such a host. The stages compute on the CPU all the same.
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
-    program.write_text("#!/bin/sh\necho '0, GPU-aa, Made-up GPU'\necho '1, GPU-bb, Made-up GPU'\n")
+    listed = "".join(f"echo '{index}, GPU-{index}, Made-up GPU'\n" for index in range(num_gpus))
+    program.write_text(f"#!/bin/sh\n{listed}")
     program.chmod(0o755)
     env = {"PATH": f"{program.parent}:{os.environ['PATH']}", "RECORDING_DEVICE": "cpu"}
-    check_leases(run_recorded(tmp_path, services, env))
+    run_recorded(tmp_path, services, num_gpus, env)
 
 
 @pytest.mark.gpu
-def test_entries_of_a_deployment_run_share_two_real_gpus(tmp_path: Path, services: Services) -> None:
-    if len(list_gpus(None)) < 2:
-        pytest.skip("needs two GPUs")
-    check_leases(run_recorded(tmp_path, services, {"CUDA_VISIBLE_DEVICES": "0,1"}))
+@pytest.mark.parametrize("num_gpus", [2, 4])
+def test_entries_of_a_deployment_run_share_real_gpus_and_never_one(
+    tmp_path: Path, services: Services, num_gpus: int
+) -> None:
+    if len(list_gpus(None)) < num_gpus:
+        pytest.skip(f"needs {num_gpus} GPUs")
+    visible = ",".join(str(device) for device in range(num_gpus))
+    run_recorded(tmp_path, services, num_gpus, {"CUDA_VISIBLE_DEVICES": visible})
 
 
 def command_of(process: psutil.Process) -> str:
