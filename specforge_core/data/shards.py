@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specforge_core.artifacts import PARTIAL_SUFFIX, file_sha256, write_atomically
+from specforge_core.artifacts import PARTIAL_SUFFIX, write_atomically
 from specforge_core.data.float8 import quantised
 from specforge_core.data.packed_file import Follower, PackedFile, Rows
 from specforge_core.drafts.base import TargetHead
@@ -284,12 +284,6 @@ def load_index(directory: Path) -> FeatureIndex:
                 f"delete {directory} and capture again"
             )
     return index
-
-
-def damaged_shards(directory: Path) -> list[str]:
-    """Names of shards whose content is not what was written. Reads everything."""
-    index = load_index(directory)
-    return [shard.name for shard in index.shards if file_sha256(directory / shard.name) != shard.sha256]
 
 
 def save_target(directory: Path, config: dict[str, Any], head: TargetHead) -> None:

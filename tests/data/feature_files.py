@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from specforge_core.data.shards import Document, FeatureIndex, FeatureWriter, plan_shards
+from specforge_core.artifacts import file_sha256
+from specforge_core.data.shards import Document, FeatureIndex, FeatureWriter, load_index, plan_shards
 from specforge_core.targets import TargetFeatures
 
 INDEX = FeatureIndex(layers=(1, 3), hidden_size=4, dtype="bfloat16")
@@ -41,3 +42,9 @@ def write_features(
     writer = FeatureWriter(directory, index)
     for shard in plan_shards(lengths, tokens_per_shard):
         writer.write([make_document(i, lengths[i]) for i in shard], [make_features(i, lengths[i]) for i in shard])
+
+
+def damaged_shards(directory: Path) -> list[str]:
+    """Names of shards whose content is not what the index says was written."""
+    shards = load_index(directory).shards
+    return [shard.name for shard in shards if file_sha256(directory / shard.name) != shard.sha256]

@@ -16,11 +16,12 @@ from specforge_core.__main__ import main as stage
 from specforge_core.artifacts import load_artifact, seal
 from specforge_core.data.conversations import Conversation, write_conversations
 from specforge_core.data.loader import FeatureSet
-from specforge_core.data.shards import Shard, damaged_shards, load_index, load_target_config, load_target_head
+from specforge_core.data.shards import Shard, load_index, load_target_config, load_target_head
 from specforge_core.facts import Conversations, HiddenStates
 from specforge_core.manifest_sections import FeaturesConfig
 from specforge_core.stages import CaptureSpec, ResolvedTarget
 from specforge_core.targets import capture
+from tests.data.feature_files import damaged_shards
 
 LAYERS = (1, 3, 4)
 """[1, N//2 - 1, N - 4] of 8 layers."""

@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from specforge_core.benchmark import server
-from specforge_core.data.shards import Shard, StoredDocument, damaged_shards, load_index, load_target_head
+from specforge_core.data.shards import Shard, StoredDocument, load_index, load_target_head
 from specforge_core.facts import HiddenStates
 from specforge_core.manifest_sections import FeaturesConfig
 from specforge_core.stages import CaptureSpec, ResolvedTarget, UnmeasuredEngine
 from specforge_core.targets import capture, handover
 from specforge_core.targets.forward_files import HookError
+from tests.data.feature_files import damaged_shards
 from tests.sglang_like import MODULE, Behaviour, read_journal
 from tests.targets.test_capture import LAYERS, make_conversations
 
