@@ -30,19 +30,8 @@ class Chain(NamedTuple):
 
 def chain_by_definition(draft: Eagle3Draft, tokens: list[int], aux_hidden_TLD: Tensor) -> Chain:
     """The chain after `tokens`, recomputed from nothing by the definition for every token of it."""
-    config = draft.serving_config()
     weights = {name: tensor.double() for name, tensor in draft.state_dict().items()}
-    shape = Shape(
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
-        rope_theta=config["rope_theta"],
-        eps=config["rms_norm_eps"],
-        fc_norm=config["fc_norm"],
-        norm_output=config["norm_output"],
-        num_steps=NUM_STEPS,
-        decay=1.0,
-    )
+    shape = Shape.of(draft.serving_config(), num_steps=NUM_STEPS)
     slot = len(tokens) - 2
     # The chain's own positions have no states of the target: NaN shows if one is read.
     no_state_TLD = torch.full((NUM_STEPS, *aux_hidden_TLD.shape[1:]), torch.nan, dtype=torch.float64)

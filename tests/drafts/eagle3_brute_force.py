@@ -5,7 +5,7 @@ m produced-by-the-target marks, a auxiliary states, y last states of the target.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,21 @@ class Shape(NamedTuple):
     norm_output: bool
     num_steps: int
     decay: float
+
+    @classmethod
+    def of(cls, config: dict[str, Any], *, num_steps: int, decay: float = 1.0) -> "Shape":
+        """That of a draft's `config.json`."""
+        return cls(
+            num_heads=config["num_attention_heads"],
+            num_kv_heads=config["num_key_value_heads"],
+            head_dim=config["head_dim"],
+            rope_theta=config["rope_theta"],
+            eps=config["rms_norm_eps"],
+            fc_norm=config["fc_norm"],
+            norm_output=config["norm_output"],
+            num_steps=num_steps,
+            decay=decay,
+        )
 
 
 class Sums(NamedTuple):

@@ -13,7 +13,7 @@ from specforge_core.drafts.eagle3 import Eagle3Draft
 from specforge_core.drafts.eagle3_reference import active_slots, reference_loss
 from specforge_core.drafts.rows import index_rows
 from tests.drafts.eagle3_brute_force import Shape, Sums, eagle3
-from tests.drafts.synthetic import KEPT, TARGET_CONFIG, as_dtype, make_document, make_draft, make_head, pack
+from tests.drafts.synthetic import KEPT, as_dtype, make_document, make_draft, make_head, pack
 
 # Answers at the front, in the middle, twice in a document, of one and two tokens (too short for any slot), and none.
 MASKS = ["PPPPAAAAAA", "AAAAA", "PPAAAPPPAAAAPP", "PPAPAA", "PPPP", "A"]
@@ -65,18 +65,7 @@ def by_reference(draft: Eagle3Draft, batch: DraftBatch) -> Gradients:
 
 
 def by_brute_force(draft: Eagle3Draft) -> tuple[Sums, dict[str, Tensor]]:
-    config = draft.serving_config()
-    shape = Shape(
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
-        rope_theta=TARGET_CONFIG["rope_theta"],
-        eps=TARGET_CONFIG["rms_norm_eps"],
-        fc_norm=config["fc_norm"],
-        norm_output=config["norm_output"],
-        num_steps=draft.num_positions,
-        decay=0.8,
-    )
+    shape = Shape.of(draft.serving_config(), num_steps=draft.num_positions, decay=0.8)
     weights = {name: p.detach().clone().requires_grad_() for name, p in draft.named_parameters()}
     head = make_head()
     sums = eagle3(weights, shape, head.embedding_VD.double(), head.lm_head_VD.double(), KEPT, documents())

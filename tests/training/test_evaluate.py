@@ -10,7 +10,7 @@ from specforge_core.drafts.eagle3 import Eagle3Draft
 from specforge_core.training.evaluate import CHAIN_LENGTH, Evaluation, answers, evaluate, verify_steps
 from specforge_core.training.workers import Workers
 from tests.drafts.eagle3_brute_force import Document, Shape, hidden_states, rms
-from tests.drafts.synthetic import KEPT, TARGET_CONFIG, make_document, make_draft, make_head, pack
+from tests.drafts.synthetic import KEPT, make_document, make_draft, make_head, pack
 
 ALONE = Workers(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -34,18 +34,7 @@ def prepared(draft: Eagle3Draft, *batches: list[Document]) -> list[DraftBatch]:
 
 def loop_step_by_step(draft: Eagle3Draft, document: Document, start: int, stop: int) -> int:
     """Verification steps for the answer x[start:stop]: draft with own tokens, compare, go on behind the first error."""
-    config = draft.serving_config()
-    shape = Shape(
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
-        rope_theta=TARGET_CONFIG["rope_theta"],
-        eps=TARGET_CONFIG["rms_norm_eps"],
-        fc_norm=False,
-        norm_output=False,
-        num_steps=CHAIN_LENGTH,
-        decay=1.0,
-    )
+    shape = Shape.of(draft.serving_config(), num_steps=CHAIN_LENGTH)
     weights = {name: parameter.detach() for name, parameter in draft.named_parameters()}
     embedding = make_head().embedding_VD.double()
     num_steps, num_known = 0, start + 1
