@@ -9,6 +9,7 @@ from typing import Any
 from prefect import Task
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
+from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.summary import BuildSummary, EntryRow, row_of_error, row_of_outcome, show_summary
 from specforge_core.engine import sglang_version
@@ -61,6 +62,14 @@ def run_name() -> str:
     """Of a flow run: its entries, and when it began."""
     only = flow_run.parameters.get("only")
     return f"{', '.join(only) if only else 'all'} {time.strftime('%H:%M:%S')}"
+
+
+# No decorator of its own: Prefect also reads a flow's name off its source, where it looks for `@flow`.
+FLOW_OPTIONS: dict[str, Any] = {
+    "flow_run_name": run_name,
+    "task_runner": ThreadPoolTaskRunner(max_workers=MAX_ENTRIES_AT_ONCE),
+    "persist_result": False,
+}
 
 
 def run_entries(task: Task[[ManifestEntry, RunSettings], EntryRow], request: Request) -> BuildSummary:

@@ -10,11 +10,10 @@ from typing import Any
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import State
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import stages
 from flows.draft import settle
-from flows.entries import MAX_ENTRIES_AT_ONCE, Request, RunSettings, final_state, run_entries, run_entry, run_name
+from flows.entries import FLOW_OPTIONS, Request, RunSettings, final_state, run_entries, run_entry
 from flows.summary import EntryRow
 from specforge_core.benchmark.report import EntryReport
 from specforge_core.ledger import Outcome
@@ -27,12 +26,7 @@ OF_TODAY = ("engine", "benchmark", "gates", "publish", "resources")
 """Sections of an entry that say how a draft is measured, judged and published; the others say how it was made."""
 
 
-@flow(
-    name="rebenchmark",
-    flow_run_name=run_name,
-    task_runner=ThreadPoolTaskRunner(max_workers=MAX_ENTRIES_AT_ONCE),  # type: ignore[arg-type]
-    persist_result=False,
-)
+@flow(name="rebenchmark", **FLOW_OPTIONS)
 def rebenchmark(
     manifest: Path = Path("bundle_manifest.yaml"),
     only: list[str] | None = None,

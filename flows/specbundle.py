@@ -6,21 +6,15 @@ from typing import Any
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import State
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.draft import build_draft
-from flows.entries import MAX_ENTRIES_AT_ONCE, Request, RunSettings, final_state, run_entries, run_entry, run_name
+from flows.entries import FLOW_OPTIONS, Request, RunSettings, final_state, run_entries, run_entry
 from flows.summary import EntryRow
 from specforge_core.manifest import ManifestEntry
 from specforge_core.manifest_publish import Destination
 
 
-@flow(
-    name="specbundle",
-    flow_run_name=run_name,
-    task_runner=ThreadPoolTaskRunner(max_workers=MAX_ENTRIES_AT_ONCE),  # type: ignore[arg-type]
-    persist_result=False,
-)
+@flow(name="specbundle", **FLOW_OPTIONS)
 def specbundle(
     manifest: Path = Path("bundle_manifest.yaml"),
     only: list[str] | None = None,
