@@ -61,7 +61,7 @@ class Eagle3Drafter:
         window = self._window(rows, [start for start, _ in extensions], num_new)
         embedding_BTD = self.draft.embed(torch.tensor(token_ids, device=self.hidden_RD.device))
         hidden_BTD = self.draft.fuse(aux_hidden_BTLD.to(self.hidden_RD.device))
-        qkv = self.draft.layer.project_qkv(embedding_BTD, hidden_BTD, window.position_ids_BT)
+        qkv = self.draft.midlayer.project_qkv(embedding_BTD, hidden_BTD, window.position_ids_BT)
         # Only the last slot starts a chain. The others just leave their keys and values.
         last_B1 = torch.tensor([[len(ids) - 1] for _, ids in extensions], device=self.hidden_RD.device)
         batch_B1 = torch.arange(len(extensions), device=self.hidden_RD.device)[:, None]
@@ -79,7 +79,7 @@ class Eagle3Drafter:
         for step in range(1, num_steps):
             window = self._window(rows, [len(sequence) - 2 + step for sequence in sequences], 1)
             hidden_B1D = hidden_BD[:, None]
-            qkv = self.draft.layer.project_qkv(
+            qkv = self.draft.midlayer.project_qkv(
                 self.draft.embed(token_ids_B)[:, None], hidden_B1D, window.position_ids_BT
             )
             hidden_BD, token_ids_B = self._finish(qkv, hidden_B1D, window)
@@ -108,7 +108,7 @@ class Eagle3Drafter:
         attended_BN1C = F.scaled_dot_product_attention(
             qkv.query_TNC.transpose(1, 2), keys_BMLC, values_BMLC, attn_mask=window.mask_B1TL, enable_gqa=True
         )
-        hidden_BD = self.draft.layer.finish(hidden_B1D, attended_BN1C.transpose(1, 2).flatten(2))[:, 0]
+        hidden_BD = self.draft.midlayer.finish(hidden_B1D, attended_BN1C.transpose(1, 2).flatten(2))[:, 0]
         token_ids_B = self.draft.draft_to_target(self.draft.logits(hidden_BD).argmax(dim=-1))
         return self.draft.recurrent(hidden_BD), token_ids_B
 

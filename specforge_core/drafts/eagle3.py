@@ -23,6 +23,14 @@ NUM_AUX_LAYERS = 3
 # Measured on the demo target: fc as an average of its layers, the middle layer as a copy of the target's last one, or
 # noise scaled by the fan-in all reach a lower acceptance length than small noise does; so does a random head.
 INIT_STD = 0.02
+MAX_ROWS_PER_PASS = 4096
+"""Large enough for matrix products at full speed."""
+MAX_TEACHER_BYTES = 2**30
+"""For the teacher's logits of a pass, in float32."""
+ROW_BUCKET = 128
+"""Numbers of rows on a GPU are multiples of it, the height of a matrix product's tile."""
+GREEDY_ROWS = 4096
+"""Rows whose logits exist at a time where nothing but their favourites is wanted."""
 
 
 class LayerShape(NamedTuple):
@@ -32,15 +40,6 @@ class LayerShape(NamedTuple):
     num_kv_heads: int
     head_dim: int
     eps: float
-
-
-MAX_ROWS_PER_PASS = 4096
-"""Large enough for matrix products at full speed."""
-MAX_TEACHER_BYTES = 2**30
-"""For the teacher's logits of a pass, in float32."""
-ROW_BUCKET = 128
-"""Numbers of rows on a GPU are multiples of it, the height of a matrix product's tile."""
-GREEDY_ROWS = 4096
 
 
 class Eagle3Draft(DraftModel):
@@ -129,7 +128,7 @@ class Eagle3Draft(DraftModel):
                 draft.norm.weight.copy_(head.final_norm_D)
             draft.d2t.copy_(draft_token_ids - torch.arange(len(draft_token_ids)))
             draft.t2d[draft_token_ids] = True
-        draft.teacher_head = kept_head_WD.clone()
+        draft.teacher_head = kept_head_WD
         draft.target_to_draft = torch.where(draft.t2d, draft.t2d.cumsum(0) - 1, -1)
         draft.num_positions, draft.step_loss_decay = config.num_steps, config.step_loss_decay
         return draft
@@ -159,11 +158,6 @@ class Eagle3Draft(DraftModel):
     def serving_state_dict(self) -> dict[str, Tensor]:
         """The tensors under SGLang's names, on the CPU, in the dtype that they are trained in."""
         return {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-
-    @property
-    def layer(self) -> Eagle3Layer:
-        """The decoder layer."""
-        return self.midlayer
 
     def embed(self, input_ids_T: Tensor) -> Tensor:
         """The target's embedding of target token ids, in the draft's dtype."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specforge_core.drafts.base import DraftBatch, DraftLoss
 from specforge_core.drafts.eagle3 import Eagle3Draft
-from specforge_core.drafts.layers import at_least_float32
+from specforge_core.kernels.precision import at_least_float32
 
 
 class Teacher(NamedTuple):

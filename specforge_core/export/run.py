@@ -147,10 +147,10 @@ def draft_logits(draft: Eagle3Draft, input_ids_T: Tensor, aux_hidden_TLD: Tensor
     keys, values, logits = [], [], []
     for step in range(len(input_ids_T) - num_tokens):
         embedding_TD = draft.embed(input_ids_T[step + 1 : step + 1 + num_tokens])
-        qkv = draft.layer.project_qkv(embedding_TD, hidden_TD, position_ids_T + step)
+        qkv = draft.midlayer.project_qkv(embedding_TD, hidden_TD, position_ids_T + step)
         keys.append(qkv.key_TMC)
         values.append(qkv.value_TMC)
-        hidden_TD = draft.layer.finish(hidden_TD, attend(qkv.query_TNC, keys, values, [num_tokens]))
+        hidden_TD = draft.midlayer.finish(hidden_TD, attend(qkv.query_TNC, keys, values, [num_tokens]))
         logits.append(draft.logits(hidden_TD))
         hidden_TD = draft.recurrent(hidden_TD)
     return torch.stack(logits)

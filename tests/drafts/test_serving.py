@@ -40,9 +40,9 @@ def outputs(draft: Eagle3Draft) -> Tensor:
     """Logits of step 0 of every slot, each attending to itself alone."""
     batch = pack([make_document("PPPAAA", seed=0)])
     hidden_TD = draft.fuse(batch.aux_hidden_TLD)
-    qkv = draft.layer.project_qkv(draft.embed(batch.input_ids_T), hidden_TD, batch.position_ids_T)
+    qkv = draft.midlayer.project_qkv(draft.embed(batch.input_ids_T), hidden_TD, batch.position_ids_T)
     attended_TD = qkv.value_TMC.repeat_interleave(4 // qkv.value_TMC.shape[1], dim=1).flatten(1)
-    return draft.logits(draft.recurrent(draft.layer.finish(hidden_TD, attended_TD)))
+    return draft.logits(draft.recurrent(draft.midlayer.finish(hidden_TD, attended_TD)))
 
 
 @pytest.mark.parametrize("variant", [{}, {"fc_norm": True, "norm_output": True, "num_key_value_heads": 2}], ids=str)
