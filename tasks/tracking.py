@@ -6,7 +6,6 @@ by URI and id, so that tasks on any thread can add to it. Tracking that fails wa
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from mlflow.entities import Experiment, Metric, Param, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from specforge_core.artifacts import RECORD_NAME, Artifact
+from specforge_core.curves import metric_points, whole_lines
 from specforge_core.facts import BenchmarkResult
 from specforge_core.manifest_sections import Config
 from tasks.comparison import QUERY, SHOWN, SHOWN_TAG, VIEW_TAG, comparison_view, result_curves, result_metrics
@@ -261,7 +261,7 @@ def _experiment_id(client: MlflowClient, name: str, store: Path) -> str:
 
 
 class _MetricsFile:
-    """The lines of a `metrics.jsonl` that were not sent yet: JSON objects with `step` and numbers.
+    """The lines of a `metrics.jsonl` that were not sent yet.
 
     Lines are known by their text, not by their place: a resumed stage takes back those after its checkpoint and writes
     them again.
@@ -272,22 +272,11 @@ class _MetricsFile:
         self._sent: set[bytes] = set()
 
     def send(self, run: TrackedRun) -> None:
-        _send(run, self._new_metrics())
-
-    def _new_metrics(self) -> list[Metric]:
-        if not self._path.is_file():
-            return []
-        # A last line without its end is still being written.
-        whole = [line for line in self._path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        new = [line for line in whole if line not in self._sent]
+        new = [line for line in whole_lines(self._path) if line not in self._sent]
         self._sent.update(new)
         now_ms = int(time.time() * 1000)
-        return [
-            Metric(name if "/" in name else f"{self._stage}/{name}", float(value), now_ms, int(line.get("step", 0)))
-            for line in map(json.loads, new)
-            for name, value in line.items()
-            if name != "step" and isinstance(value, int | float)
-        ]
+        points = metric_points(new)
+        _send(run, [Metric(n if "/" in n else f"{self._stage}/{n}", value, now_ms, step) for n, step, value in points])
 
 
 def _send(run: TrackedRun, metrics: Sequence[Metric]) -> None:

@@ -1,7 +1,6 @@
 """What the site shows, gathered from a store: every entry with its builds, curves and champion. Torch-free."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from specforge_core.benchmark.headline import Headline, headline
 from specforge_core.benchmark.history import History, load_history
 from specforge_core.benchmark.interval import Interval, product_interval
 from specforge_core.benchmark.report import EntryReport
+from specforge_core.curves import metric_points, whole_lines
 from specforge_core.facts import Published, Rejected
 from specforge_core.ledger import EntryRecord, load_entry_record
 from specforge_core.manifest import ManifestEntry
@@ -117,7 +117,7 @@ def _view(store: Path, name: str, entry: ManifestEntry | None, champion: Champio
     if entry is None:
         return None
     shown = _shown(history, champion)
-    curves = tuple(_curves(store / "train" / shown.lineage.stages["train"].key / METRICS_NAME)) if shown else ()
+    curves = _curves(store / "train" / shown.lineage.stages["train"].key / METRICS_NAME) if shown else ()
     return EntryView(name, entry, _status(record, last), record, history, curves, champion)
 
 
@@ -144,16 +144,9 @@ def _status(record: EntryRecord, last: EntryReport | None) -> str:
     return "rejected" if last.failures else "passed"
 
 
-def _curves(path: Path) -> Iterator[Curve]:
-    """The metrics of a `metrics.jsonl` by name, whole lines alone; none if it is not there."""
-    if not path.is_file():
-        return
-    points: dict[str, dict[int, float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        values = json.loads(line) if line.endswith("\n") else {}
-        step = values.pop("step", 0)
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                points.setdefault(name, {})[int(step)] = float(value)
-    for name, by_step in points.items():
-        yield Curve(name, tuple(by_step), tuple(by_step.values()))
+def _curves(path: Path) -> tuple[Curve, ...]:
+    """The metrics of a stage by name; none if its file is not there. Of a step that was reported again, the last."""
+    curves: dict[str, dict[int, float]] = {}
+    for name, step, value in metric_points(whole_lines(path)):
+        curves.setdefault(name, {})[step] = value
+    return tuple(Curve(name, tuple(by_step), tuple(by_step.values())) for name, by_step in curves.items())
