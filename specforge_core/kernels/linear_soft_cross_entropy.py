@@ -30,6 +30,7 @@ from torch.profiler import record_function
 from specforge_core.kernels.accumulate import accumulate_product, wide_product
 from specforge_core.kernels.dispatch import uses_triton
 from specforge_core.kernels.float8_product import Float8Weight, float8_product
+from specforge_core.kernels.head_chunks import Block, plan_chunks
 from specforge_core.kernels.precision import at_least_float32
 
 CHUNK_ROWS = 6144
@@ -77,22 +78,6 @@ class Target(NamedTuple):
     kept_mass_U: Tensor
     """Q / P: the target's probability of the draft vocabulary."""
     argmax_U: Tensor
-
-
-class Block(NamedTuple):
-    """Neighbouring slots with equally many steps: num_slots * num_steps rows of a chunk."""
-
-    first_slot: int
-    num_slots: int
-    num_steps: int
-
-    @property
-    def num_rows(self) -> int:
-        return self.num_slots * self.num_steps
-
-    @property
-    def slots(self) -> slice:
-        return slice(self.first_slot, self.first_slot + self.num_slots)
 
 
 def linear_soft_cross_entropy_reference(
@@ -270,28 +255,6 @@ def linear_soft_cross_entropy(
     loss_S, correct_S, accepted_S = job.sums_3SR.sum(dim=2)
     is_active_SR = depth_R > torch.arange(len(hidden), device=depth_R.device).unsqueeze(1)
     return HeadLoss(loss_S, correct_S, accepted_S, is_active_SR.sum(dim=1).to(sums_dtype), job.hidden_grads)
-
-
-def plan_chunks(row_counts: Sequence[int], max_rows: int) -> list[list[Block]]:
-    """All slots with all their steps, in chunks of about equally many rows, less than a slot more than `max_rows`.
-
-    Args: row_counts: by step, never rising.
-    """
-    total = sum(row_counts)
-    num_chunks = -(-total // max_rows)
-    chunks: list[list[Block]] = []
-    slot = room = 0
-    for num_steps in range(len(row_counts), 0, -1):
-        while slot < row_counts[num_steps - 1]:
-            if room <= 0:
-                chunks.append([])
-                room = -(-total // num_chunks)
-            # Rounded up: what no chunk had room for would otherwise make a small one more at the end.
-            block = Block(slot, min(row_counts[num_steps - 1] - slot, -(-room // num_steps)), num_steps)
-            chunks[-1].append(block)
-            slot += block.num_slots
-            room -= block.num_rows
-    return chunks
 
 
 def _make_target(teacher: Teacher, *, fused: bool) -> Target:

@@ -12,12 +12,12 @@ from torch import Tensor
 from specforge_core.kernels import cases, cases_head, dispatch
 from specforge_core.kernels import linear_soft_cross_entropy as head
 from specforge_core.kernels.cases import assert_within_error_budget
+from specforge_core.kernels.head_chunks import plan_chunks
 from specforge_core.kernels.linear_soft_cross_entropy import (
     HeadLoss,
     Teacher,
     linear_soft_cross_entropy,
     linear_soft_cross_entropy_reference,
-    plan_chunks,
 )
 
 STEP_WEIGHTS = (1.0, 0.8, 0.64)
