@@ -146,12 +146,17 @@ def colocated_bytes_per_gpu(job: Job) -> float:
 
 
 def _draft_problems(job: Job) -> Iterator[str]:
-    """Sizes that the kernels of training refuse, hours later."""
+    """Sizes that training refuses, hours later."""
     draft = job.draft
     wider = max(NARROWEST_HEAD, 1 << (draft.head_dim - 1).bit_length())
     if wider != draft.head_dim:
         yield (
             f"heads of {draft.head_dim} are none that training's attention takes on a GPU; set draft.head_dim: {wider}"
+        )
+    if draft.num_heads % draft.num_kv_heads:
+        yield (
+            f"{draft.num_heads} heads cannot share the draft's {draft.num_kv_heads} KV heads evenly; "
+            "set draft.num_key_value_heads to a divisor"
         )
     if not job.entry.training.float8_matmuls:
         return

@@ -97,9 +97,12 @@ def test_a_better_split_of_live_gpus_is_proposed(job_of: JobOf) -> None:
     assert found[0].startswith("features.serve_gpus=7 trains for ")
 
 
-def test_head_widths_and_sizes_that_training_does_not_take_are_said_before_anything_is_captured(job_of: JobOf) -> None:
+def test_sizes_that_training_does_not_take_are_said_before_anything_is_captured(job_of: JobOf) -> None:
     (problem,) = problems(job_of(entry_of(draft={"head_dim": 96})), None)
     assert problem == "heads of 96 are none that training's attention takes on a GPU; set draft.head_dim: 128"
+    # Llama 3.1 8B has 8 KV heads, which the draft takes.
+    (problem,) = problems(job_of(entry_of(draft={"num_attention_heads": 4})), None)
+    assert problem == "4 heads cannot share the draft's 8 KV heads evenly; set draft.num_key_value_heads to a divisor"
     training = {"float8_matmuls": True}
     (problem,) = problems(job_of(entry_of(draft={"draft_vocab_size": 32_001}, training=training)), None)
     assert problem == (
