@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-PARTS = ("attention", "projections", "feed-forward", "head", "teacher", "norms", "optimizer")
+PARTS = ("attention", "projections", "feed-forward", "head", "teacher", "optimizer")
 OTHER = "other"
 """Embedding, copies, sums of gradients, and whatever the ranges leave out."""
 BACKWARD_PREFIX = "autograd::engine::evaluate_function"
