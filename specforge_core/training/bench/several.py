@@ -1,37 +1,34 @@
-"""Whole training steps on several GPUs against the same steps on one of them, in one run.
+"""Whole training steps on several GPUs against the same steps on one of them, in one run, and what bounds them.
 
-    torchrun --standalone --nproc-per-node=2 -m specforge_core.training.bench.several
-    torchrun --standalone --nproc-per-node=2 -m specforge_core.training.bench.several --cases dp long wide longest
+    torchrun --standalone --nproc-per-node=4 -m specforge_core.training.bench.several
+    torchrun --standalone --nproc-per-node=4 -m specforge_core.training.bench.several --cases longest
 
 A step is `train_step` with gradient reduction, norm, clipping and fused AdamW, on batches in the GPU's memory. One GPU
-is the first of them while the others wait. Every row that is done is in the report at once. `longest` doubles the
-document up to 262,144 tokens, twice what the target reads, where one GPU takes half a minute a step: fewer `--steps`.
+is the first of them while the others wait. Every row that is done is in the report at once.
 """
 
 import argparse
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
-from specforge_core.artifacts import write_atomically
-from specforge_core.benchmark.tables import markdown_table
+from specforge_core.data.loader import plan_epoch, plan_steps, rank_share
 from specforge_core.drafts.base import DraftBatch
 from specforge_core.environment import environment, hardware_stem
-from specforge_core.facts import Environment, Record
 from specforge_core.manifest_sections import ParallelConfig, TrainingConfig
-from specforge_core.training.bench.batch import count_rows, make_batch, make_draft
-from specforge_core.training.bench.measure import release_memory, timed_ms
-from specforge_core.training.bench.results import GIB, MILLISECONDS
-from specforge_core.training.bench.shapes import SHAPES, dense_flops, peak_flops, useful_flops
-from specforge_core.training.bench.workload import make_workload
+from specforge_core.training.bench.batch import count_rows, make_batch, make_draft, to_device
+from specforge_core.training.bench.exchanges import timed
+from specforge_core.training.bench.fsdp2 import conventional_step
+from specforge_core.training.bench.lengths import Conversation, Lengths, count_tokens, draw_conversations
+from specforge_core.training.bench.measure import release_memory
+from specforge_core.training.bench.several_results import FSDP2, OURS, SeveralBench, SeveralRow, write_results
+from specforge_core.training.bench.shapes import SHAPES, Shape, dense_flops, peak_flops, useful_flops
 from specforge_core.training.optim import build_optimizers
 from specforge_core.training.parallel import parallelize
 from specforge_core.training.step import train_step
@@ -40,23 +37,37 @@ from specforge_core.training.workers import Workers, compute_dtype, join_workers
 logger = logging.getLogger(__name__)
 
 NUM_WARM_UPS = 3
+LONG_REPEAT_S = 1.0
+"""Compilers and allocators have done their work after two repeats; a third makes sure of short ones."""
+TIMED_S = 10.0
+"""Repeats of a row end there, but for the least number."""
+MIN_REPEATS = 2
 STEM_SUFFIX = "-several-gpus"
+
+Steps = Sequence[Sequence[DraftBatch]]
+"""The micro-batches of each step, on the CPU."""
 
 
 class Work(NamedTuple):
-    """What every replica computes in a step."""
+    """What is computed in a repeat."""
 
     shape: str
     num_tokens: int
-    """Of a micro-batch."""
+    """Of a micro-batch, at most."""
     document_tokens: int
+    """Of each document, if lengths are uniform."""
     micro_batches: int
+    """Of a step: of each replica, or of all together if lengths are real, as a trainer would deal them out."""
     share: float = 1.0
     """Of tokens in answers."""
+    lengths: Lengths = "uniform"
+    steps: int = 1
+    """Each with documents of its own."""
+    path: str = OURS
 
 
 class Case(NamedTuple):
-    """Work, and the meshes that do it beside one GPU: `dp`, `cp` or `tp` is all GPUs in that dimension."""
+    """Work, and the meshes that do it beside one GPU; see `arrangement`."""
 
     work: Work
     meshes: tuple[str, ...]
@@ -68,184 +79,174 @@ CASES = {
         Case(Work("llama-3.1-8b", 8192, 4096, 8), ("dp",)),
         Case(Work("llama-3.1-8b", 8192, 4096, 8, share=0.5), ("dp",)),
     ),
+    # A step of the 65,536 tokens that the manifest's entries take.
+    "real": (Case(Work("llama-3.1-8b", 8192, 4096, 8, share=0.5, lengths="real", steps=4), ("dp",)),),
     "long": (
-        Case(Work("llama-3.1-8b", 32_768, 32_768, 1), ("dp", "cp")),
-        Case(Work("llama-3.1-8b", 32_768, 32_768, 1, share=0.2), ("dp", "cp")),
+        Case(Work("llama-3.1-8b", 65_536, 65_536, 1), ("dp", "cp", "dp x cp")),
+        Case(Work("llama-3.1-8b", 32_768, 32_768, 1), ("dp", "cp", "dp x cp")),
+        Case(Work("llama-3.1-8b", 32_768, 32_768, 1, share=0.2), ("dp", "cp", "dp x cp")),
     ),
     "wide": (
         Case(Work("llama-3.3-70b", 8192, 4096, 1), ("dp", "tp")),
         Case(Work("llama-3.3-70b", 8192, 4096, 8), ("dp",)),
     ),
-    "longest": tuple(Case(Work("llama-3.1-8b", 2**k, 2**k, 1), ("cp",)) for k in range(16, 19)),
-    "tiny": (Case(Work("tiny", 128, 64, 2), ("dp", "cp", "tp")),),
+    "fsdp2": (
+        Case(Work("llama-3.3-70b", 8192, 4096, 1, path=FSDP2), ("dp",)),
+        Case(Work("llama-3.1-8b", 8192, 4096, 1, path=FSDP2), ("dp",)),
+    ),
+    "longest": (Case(Work("llama-3.1-8b", 131_072, 131_072, 1), ("cp",)),),
+    "tiny": (
+        Case(Work("tiny", 128, 64, 2), ("dp", "cp", "dp x cp", "dp x tp")),
+        Case(Work("tiny", 128, 64, 8, share=0.5, lengths="real", steps=2), ("dp",)),
+        Case(Work("tiny", 128, 64, 2, path=FSDP2), ("dp",)),
+    ),
 }
 
 
-class SeveralRow(Record):
-    """One mesh at work."""
-
-    shape: str
-    document_tokens: int
-    share: float
-    micro_batches: int
-    dp: int
-    cp: int
-    tp: int
-    num_tokens: int
-    """Of a step, all replicas together, like the next three."""
-    num_supervised: int
-    dense_flops: float
-    useful_flops: float
-    ms: tuple[float, ...]
-    """By step."""
-    peak_bytes: int | None
-    """On the GPU that needs most; None on a CPU."""
-
-    @property
-    def num_gpus(self) -> int:
-        return self.dp * self.cp * self.tp
-
-    @property
-    def tokens_per_s_per_gpu(self) -> float:
-        """By the median step."""
-        return self.num_tokens * MILLISECONDS / median(self.ms) / self.num_gpus
-
-    @property
-    def work(self) -> tuple[Any, ...]:
-        """What rows must agree on to be compared."""
-        return self.shape, self.document_tokens, self.share, self.micro_batches
-
-
-class SeveralBench(Record):
-    """A run."""
-
-    environment: Environment
-    num_steps: int
-    """Of training-time test, S."""
-    num_warm_ups: int
-    dtype: str
-    peak_flops: float | None
-    rows: tuple[SeveralRow, ...] = ()
+def arrangement(mesh: str, num_processes: int) -> ParallelConfig:
+    """All processes in one dimension: `dp`, `cp`, `tp`; or `dp x cp`, `dp x tp`: pairs of replicas."""
+    return {
+        "dp": ParallelConfig(),
+        "cp": ParallelConfig(cp=num_processes),
+        "tp": ParallelConfig(tp=num_processes),
+        "dp x cp": ParallelConfig(cp=max(1, num_processes // 2)),
+        "dp x tp": ParallelConfig(tp=max(1, num_processes // 2)),
+    }[mesh]
 
 
 def measured_rows(cases: Sequence[Case], workers: Workers, *, num_steps: int, num_repeats: int) -> Iterator[SeveralRow]:
     """All rows, in all processes."""
     for case in cases:
         # What others wait for, one GPU needs not be able to do: its row is left out then.
-        for mesh in ("one", *case.meshes):
-            row = None
-            if mesh != "one":
-                sizes = {name: workers.world_size for name in ("cp", "tp") if name == mesh}
-                arranged = workers.arranged(ParallelConfig(**sizes))
-                row = measured(case.work, arranged, num_steps=num_steps, num_repeats=num_repeats)
-            elif workers.is_first:
-                try:
-                    row = measured(
-                        case.work, Workers(0, 1, workers.device), num_steps=num_steps, num_repeats=num_repeats
-                    )
-                except torch.OutOfMemoryError:
-                    logger.info("one GPU has no memory for %s", case.work)
+        if workers.is_first:
+            try:
+                yield measured(case.work, Workers(0, 1, workers.device), num_steps=num_steps, num_repeats=num_repeats)
+            except torch.OutOfMemoryError:
+                logger.info("one GPU has no memory for %s", case.work)
+        release_memory()
+        workers.wait()
+        # With two processes, some are the same.
+        for parallel in dict.fromkeys(arrangement(mesh, workers.world_size) for mesh in case.meshes):
+            yield measured(case.work, workers.arranged(parallel), num_steps=num_steps, num_repeats=num_repeats)
             release_memory()
             workers.wait()
-            if row is not None:
-                yield row
 
 
 def measured(work: Work, workers: Workers, *, num_steps: int, num_repeats: int) -> SeveralRow:
     """The row of this mesh. All its processes call it."""
     shape, device = SHAPES[work.shape], workers.device
-    draft = make_draft(shape, num_steps=num_steps, seed=0, device=device)
-    config = TrainingConfig()
-    sharding = parallelize(draft, config, workers)
-    optimizers = build_optimizers(sharding, config)
-    conversations = make_workload(
-        "uniform", work.share, budget=work.num_tokens, document_tokens=work.document_tokens, seed=0
-    ).packed
-    made = [
-        make_batch(conversations, shape, seed=workers.replica * work.micro_batches + number, device=device)
-        for number in range(work.micro_batches)
-    ]
-    counts = count_rows(made[0], num_steps)
-    batches: list[DraftBatch] = [
-        tree_map_only(Tensor, lambda tensor: tensor.to(device), draft.prepare(batch)) for batch in made
-    ]
-
-    def step() -> None:
-        train_step(draft, optimizers, batches, config.max_grad_norm, workers, sharding)
-
-    for _ in range(NUM_WARM_UPS):
-        step()
-    peak = torch.zeros((), dtype=torch.int64)
+    steps = drawn_steps(work, workers)
+    step = PATHS[work.path](shape, num_steps, steps, workers)
+    # What all processes of a replica have is counted once.
+    batches = [batch for batches in steps for batch in batches] if workers.leads_replica else []
+    counts = [count_rows(batch, num_steps) for batch in batches]
+    sums = torch.tensor(
+        [
+            sum(one.num_tokens for one in counts),
+            sum(one.rows_S[0] for one in counts),
+            sum(dense_flops(shape, one.num_tokens, num_steps) for one in counts),
+            sum(useful_flops(shape, one) for one in counts),
+        ],
+        dtype=torch.float64,
+        device=device,
+    )
+    workers.add_up([sums])
+    num_tokens, num_supervised, dense, useful = sums.tolist()
+    repeats = warmed_up(step, workers, num_repeats)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    ms = timed_ms(step, num_repeats, is_cuda=device.type == "cuda")
-    if device.type == "cuda":
-        peak = torch.tensor(torch.cuda.max_memory_allocated(), device=device)
-    if workers.world_size > 1:
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    num_batches = work.micro_batches * workers.num_replicas
+    times = timed(step, repeats, workers)
+    peak_bytes = _largest(torch.cuda.max_memory_allocated() if device.type == "cuda" else 0, workers)
     return SeveralRow(
-        shape=work.shape,
-        document_tokens=work.document_tokens,
-        share=work.share,
-        micro_batches=work.micro_batches,
+        **work._asdict() | {"num_tokens": int(num_tokens)},
         dp=workers.num_replicas,
         cp=workers.cp,
         tp=workers.tp,
-        num_tokens=num_batches * counts.num_tokens,
-        num_supervised=num_batches * counts.rows_S[0],
-        dense_flops=num_batches * dense_flops(shape, counts.num_tokens, num_steps),
-        useful_flops=num_batches * useful_flops(shape, counts),
-        ms=ms,
-        peak_bytes=int(peak) or None,
+        num_supervised=int(num_supervised),
+        dense_flops=dense,
+        useful_flops=useful,
+        # What FSDP2 exchanges is in hooks of its own.
+        **times._asdict() if work.path == OURS else {"ms": times.ms},
+        peak_bytes=int(peak_bytes) or None,
     )
 
 
-def markdown(result: SeveralBench) -> str:
-    """The result for people."""
-    made_on = result.environment
-    versions = ", ".join(f"{name} {version}" for name, version in made_on.versions.items())
-    return "\n".join(
-        [
-            f"# EAGLE-3 training on several GPUs, {made_on.gpu or made_on.cpu}",
-            "",
-            f"Whole training steps on random data in the GPUs' memory: forward and backward passes, reduction in "
-            f"float32, norm, clipping, fused AdamW. S = {result.num_steps}, {result.dtype}; the median of "
-            f"{max((len(row.ms) for row in result.rows), default=0)} steps after {result.num_warm_ups} warm-ups, with "
-            "the fastest and the slowest. Every replica has micro-batches of its own, of the same sizes.",
-            f"{versions}; commit {made_on.commit}; `{made_on.command}`.",
-            "",
-            markdown_table([_cells(row, result) for row in result.rows]),
-            "",
-            "MFU counts FLOPs as if every token went through everything at every step, without attention; useful MFU "
-            "those that exact training cannot do without, attention included.",
-            "",
+def drawn_steps(work: Work, workers: Workers) -> Steps:
+    """This replica's micro-batches of random numbers, the same for all its processes."""
+    shape, num_batches = SHAPES[work.shape], work.steps * work.micro_batches
+    if work.lengths == "uniform":
+        conversations = _drawn(work, work.num_tokens)
+        first = workers.replica * num_batches
+        numbered: list[tuple[int, Sequence[Conversation]]] = [
+            (first + number, conversations) for number in range(num_batches)
         ]
+        steps = plan_steps(numbered, work.micro_batches)
+    else:
+        # The plan of an epoch leaves its last batches half empty.
+        drawn = _drawn(work, 2 * num_batches * work.num_tokens)
+        plan = plan_epoch([count_tokens(conversation) for conversation in drawn], work.num_tokens, seed=0, epoch=0)
+        of_all = [(number, [drawn[i] for i in batch]) for number, batch in enumerate(plan[:num_batches])]
+        steps = [
+            rank_share(step, workers.replica, workers.num_replicas) for step in plan_steps(of_all, work.micro_batches)
+        ]
+    return [
+        [make_batch(conversations, shape, seed=number, device=workers.device) for number, conversations in step]
+        for step in steps
+    ]
+
+
+def _drawn(work: Work, num_tokens: int) -> list[Conversation]:
+    return draw_conversations(
+        work.lengths,
+        work.share,
+        num_tokens=num_tokens,
+        max_tokens=work.num_tokens,
+        document_tokens=work.document_tokens,
+        seed=0,
     )
 
 
-def _cells(row: SeveralRow, result: SeveralBench) -> dict[str, str]:
-    alone = next((one for one in result.rows if one.num_gpus == 1 and one.work == row.work), None)
-    seconds = median(row.ms) / MILLISECONDS
+def our_step(shape: Shape, num_steps: int, steps: Steps, workers: Workers) -> Callable[[], None]:
+    """The training steps of a repeat, one after the other."""
+    draft = make_draft(shape, num_steps=num_steps, seed=0, device=workers.device)
+    config = TrainingConfig()
+    sharding = parallelize(draft, config, workers)
+    optimizers = build_optimizers(sharding, config)
+    loaded = [[to_device(draft.prepare(batch), workers.device) for batch in batches] for batches in steps]
 
-    def utilisation(flops: float) -> str:
-        return f"{flops / seconds / row.num_gpus / result.peak_flops:.0%}" if result.peak_flops else "-"
+    def step() -> None:
+        for batches in loaded:
+            train_step(draft, optimizers, batches, config.max_grad_norm, workers, sharding)
 
-    return {
-        "shape": row.shape,
-        "tokens a document": f"{row.document_tokens:,}",
-        "supervised": f"{row.num_supervised / row.num_tokens:.0%}",
-        "micro-batches": str(row.micro_batches),
-        "dp x cp x tp": f"{row.dp} x {row.cp} x {row.tp}",
-        "ms (fastest - slowest)": f"{median(row.ms):.1f} ({min(row.ms):.1f} - {max(row.ms):.1f})",
-        "tokens/s": f"{row.tokens_per_s_per_gpu * row.num_gpus:,.0f}",
-        "against one GPU": f"{row.tokens_per_s_per_gpu * row.num_gpus / alone.tokens_per_s_per_gpu:.2f}"
-        if alone
-        else "-",
-        "MFU": utilisation(row.dense_flops),
-        "useful MFU": utilisation(row.useful_flops),
-        "peak GiB": f"{row.peak_bytes / GIB:.1f}" if row.peak_bytes else "-",
-    }
+    return step
+
+
+PATHS: dict[str, Callable[[Shape, int, Steps, Workers], Callable[[], Any]]] = {
+    OURS: our_step,
+    FSDP2: conventional_step,
+}
+
+
+def warmed_up(step: Callable[[], Any], workers: Workers, num_repeats: int) -> int:
+    """How often to time the step, after its warm-ups: as often as asked for, or as there is time for."""
+    repeat_s = 0.0
+    for number in range(NUM_WARM_UPS):
+        if number == NUM_WARM_UPS - 1 and repeat_s > LONG_REPEAT_S:
+            break
+        started_at = time.perf_counter()
+        step()
+        if workers.device.type == "cuda":
+            torch.cuda.synchronize()
+        repeat_s = _largest(time.perf_counter() - started_at, workers)
+    return max(MIN_REPEATS, min(num_repeats, int(TIMED_S / repeat_s)))
+
+
+def _largest(value: float, workers: Workers) -> float:
+    """Of all processes."""
+    largest = torch.tensor(value, dtype=torch.float64, device=workers.device)
+    if workers.world_size > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()
 
 
 def main() -> int:
@@ -268,11 +269,9 @@ def main() -> int:
         cases = [case for name in arguments.cases for case in CASES[name]]
         for row in measured_rows(cases, workers, num_steps=arguments.ttt_steps, num_repeats=arguments.steps):
             if workers.is_first:
-                logger.info("%s: %.0f tokens/s per GPU", row.model_dump_json(exclude={"ms"}), row.tokens_per_s_per_gpu)
+                logger.info("%s: %.0f tokens/s per GPU", row.model_dump_json(), row.tokens_per_s_per_gpu)
                 result = result.model_copy(update={"rows": (*result.rows, row)})
-                arguments.out.mkdir(parents=True, exist_ok=True)
-                write_atomically(arguments.out / f"{stem}.json", result.model_dump_json(indent=1) + "\n")
-                write_atomically(arguments.out / f"{stem}.md", markdown(result))
+                write_results(result, arguments.out, stem)
     return 0
 
 
@@ -282,9 +281,11 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=["dp", "long", "wide"])
+    parser.add_argument(
+        "--cases", nargs="+", choices=CASES, default=["dp", "real", "long", "wide", "fsdp2"], help="in this order"
+    )
     parser.add_argument("--ttt-steps", type=int, default=7, help="steps of training-time test")
-    parser.add_argument("--steps", type=int, default=7, help="timed repeats")
+    parser.add_argument("--steps", type=int, default=7, help="timed repeats at most; of long steps fewer, at least 2")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=Path("reports/training"))
     parser.add_argument("--name", help="of the files; the hardware's when absent")
