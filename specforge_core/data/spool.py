@@ -54,6 +54,14 @@ class Production(NamedTuple):
         """While it does not wait."""
         return self.num_tokens / max(self.elapsed_s - self.waited_s, 1e-9)
 
+    def since(self, earlier: "Production") -> "Production":
+        """What it has done behind `earlier`; all of it if that was an earlier start."""
+        if self.elapsed_s < earlier.elapsed_s:
+            return self
+        return Production(
+            self.num_tokens - earlier.num_tokens, self.elapsed_s - earlier.elapsed_s, self.waited_s - earlier.waited_s
+        )
+
 
 class Order(NamedTuple):
     """Which items are wanted, in the order in which they are."""

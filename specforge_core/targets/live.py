@@ -9,6 +9,7 @@ import argparse
 import logging
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ from specforge_core.targets.hf import HFTarget
 logger = logging.getLogger(__name__)
 
 REQUEST_NAME = "request.json"
+DYING_S = 3.0
+"""What a trainer takes to let go of its lock that is told to end in the same moment."""
+POLL_S = 0.05
 
 
 class Request(Record):
@@ -110,17 +114,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         stream=sys.stdout,
     )
     # Trainers end it so, and its folders in memory and its servers should go with it.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _end)
     try:
         produce(TrainSpec.model_validate_json(args.spec.read_text(encoding="utf-8")), args.spool, args.out)
     except ValueError:
         traceback.print_exc()
         return USER_ERROR_STATUS
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # Gigabytes of memory, and a trainer that was killed cannot remove them. One that lives holds a lock.
-        remove_leftovers(args.spool.parent, PREFIX)
+    except SystemExit:
+        remove_abandoned(args.spool)
+        raise
     return 0
+
+
+def _end(number: int, frame: object) -> None:
+    # Each supervisor above asks once, which must not cut short what the first one set off.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+def remove_abandoned(spool: Path) -> None:
+    """Remove a spool whose trainer was killed and cannot: gigabytes of memory. One that lives holds a lock."""
+    deadline = time.monotonic() + DYING_S
+    while spool.exists() and time.monotonic() < deadline:
+        remove_leftovers(spool.parent, PREFIX)
+        time.sleep(POLL_S)
 
 
 if __name__ == "__main__":

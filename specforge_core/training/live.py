@@ -21,11 +21,11 @@ import torch.distributed as dist
 from specforge_core.artifacts import PROGRESS_DIRECTORY, write_atomically
 from specforge_core.data.loader import DocumentSet, FeatureSet, StoredBatch, packed, prefetched, prepared
 from specforge_core.data.shards import Shard
-from specforge_core.data.spool import Order, SpoolReader, fail, spool_folder
+from specforge_core.data.spool import Order, Production, SpoolReader, fail, spool_folder
 from specforge_core.drafts.base import DraftBatch
 from specforge_core.gpus import visible_devices
 from specforge_core.process import ProcessError, SupervisedProcess
-from specforge_core.stages import USER_ERROR_STATUS, LiveSource, TrainSpec
+from specforge_core.stages import USER_ERROR_STATUS, TrainSpec
 from specforge_core.targets.capture import supervised_documents
 from specforge_core.targets.live import REQUEST_NAME, Request
 from specforge_core.training.workers import Workers
@@ -63,7 +63,9 @@ def live_features(spec: TrainSpec, out: Path, workers: Workers) -> Iterator["Liv
 
         def start_producer() -> None:
             assert spec.live is not None
-            stack.enter_context(_Producer(spec, spec.live, spool, out))
+            gpus = visible_devices()[-spec.live.serve_gpus :] if spec.live.serve_gpus else ()
+            # It is handed on, not read: what the trainer inherited is for the target's libraries as well.
+            stack.enter_context(Producer(spec, spool, out, producer_environment(os.environ, gpus)))
 
         yield LiveFeatures(lengths, HeldOut(stored, spec.training.eval_fraction), spool, workers, start_producer)
 
@@ -107,6 +109,7 @@ class LiveFeatures(DocumentSet):
         self._reader: SpoolReader | None = None
         self._place_by_id = {document_id: i for i, document_id in enumerate(held_out.features.document_ids)}
         self._slower = ""
+        self._production = Production(0, 0.0, 0.0)
         self._restart()
 
     def begin(self, steps: Sequence[Sequence[Sequence[int]]], first_step: int) -> None:
@@ -157,13 +160,18 @@ class LiveFeatures(DocumentSet):
         """See `DocumentSet`. A rate is of the time in which that side does not wait for the other."""
         if self._reader is None or self._began_at is None or (production := self._reader.production()) is None:
             return {}
+        made = production.since(self._production)
+        if not made.num_tokens:
+            # It waits since the last time, for longer than it has said.
+            return {}
         elapsed_s = time.monotonic() - self._began_at
         metrics = {
-            "live/produced_tokens_per_s": production.tokens_per_s,
-            "live/producer_wait_share": production.waited_s / production.elapsed_s,
+            "live/produced_tokens_per_s": made.tokens_per_s,
+            "live/producer_wait_share": made.waited_s / made.elapsed_s,
             "live/consumed_tokens_per_s": self._num_tokens * self._workers.num_replicas / (elapsed_s - self._waited_s),
             "live/trainer_wait_share": self._waited_s / elapsed_s,
         }
+        self._production = production
         self._restart()
         self._say_who_is_slower(metrics)
         return metrics
@@ -214,21 +222,22 @@ class LiveFeatures(DocumentSet):
             self._slower = slower
 
 
-class _Producer:
+class Producer:
     """The producer's process, started again when it dies, as a context manager: leaving the block ends it."""
 
-    def __init__(self, spec: TrainSpec, live: LiveSource, spool: Path, out: Path) -> None:
+    def __init__(self, spec: TrainSpec, spool: Path, out: Path, environment: Mapping[str, str]) -> None:
+        """Args: spool: its folder, with the request; out: for logs; environment: as of `producer_environment`."""
         progress = out / PROGRESS_DIRECTORY
         spec_path = progress / SPEC_NAME
+        progress.mkdir(parents=True, exist_ok=True)
         write_atomically(spec_path, spec.model_dump_json(indent=1) + "\n")
         paths = ["--spec", str(spec_path), "--spool", str(spool), "--out", str(out)]
         self._command = [sys.executable, "-m", PRODUCER_MODULE, *paths]
-        self._environment = _environment(visible_devices()[-live.serve_gpus :] if live.serve_gpus else ())
-        self._spool, self._log = spool, progress / LOG_NAME
+        self._environment, self._spool, self._log = environment, spool, progress / LOG_NAME
         self._ending = threading.Event()
         self._watcher = threading.Thread(target=self._run, name="producer")
 
-    def __enter__(self) -> "_Producer":
+    def __enter__(self) -> "Producer":
         self._watcher.start()
         return self
 
@@ -268,8 +277,7 @@ def _pass_on(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
-def _environment(gpus: Sequence[str]) -> dict[str, str]:
-    """The producer's variables: this process's own, but for its GPUs and what a launcher of ranks has set."""
-    # It is handed on, not read: what the trainer inherited is for the target's libraries as well.
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
+def producer_environment(environ: Mapping[str, str], gpus: Sequence[str]) -> dict[str, str]:
+    """The producer's variables: a trainer's own, but for its GPUs and what a launcher of ranks has set."""
+    inherited = {name: value for name, value in environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
     return {**inherited, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
