@@ -4,111 +4,14 @@ import logging
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
-from mlflow.entities.model_registry import ModelVersion
 
-from specforge_core.benchmark.compare import Standing
-from specforge_core.benchmark.report import EntryReport, make_report
-from specforge_core.facts import GateFailure, Measurement, Published
 from tasks import registry, tracking
 from tasks.comparison import SHOWN_TAG
-from tasks.registry import begin_rollback, champions, finish_rollback, plan_rollback, promote, register, registered
-from tasks.stage import EntryBuild
+from tasks.registry import champions, plan_rollback, promote, register, registered
 from tests import builds, made_build
 from tests.made_build import measurement, prompts
+from tests.tasks.made_drafts import FIGURES, TOO_SLOW, Factory, published
 from tests.tasks.mlflow_page import mlflow_page
-
-TOO_SLOW = GateFailure(gate="min_speedup", suite="math", measured=1.1, required=1.5, message="speedup 1.10x, too slow")
-FIGURES = measurement(prompts=prompts(10, 10, 10))
-
-
-class Factory:
-    """Builds of made-up drafts, in one store."""
-
-    def __init__(self, store: Path) -> None:
-        self.store = store
-        self.artifacts = made_build.artifacts(store / "artifacts", made_build.result(FIGURES))
-
-    def build(self, entry: str = "demo") -> EntryBuild:
-        run = tracking.start_run(tracking.ENTRIES, entry, store=self.store, tags={})
-        return builds.entry_build(self.store, tracking=run, name=entry)
-
-    def report(
-        self, build: EntryBuild, draft: str, *measurements: Measurement, failures: tuple[GateFailure, ...] = ()
-    ) -> EntryReport:
-        """The report of a build that made this draft, kept by its run."""
-        result = made_build.result(*(measurements or (FIGURES,)))
-        made = make_report(build.recipe.entry, build.recipe.target, self.artifacts, failures)
-        export = made.lineage.stages["export"].model_copy(update={"content_id": draft})
-        lineage = made.lineage.model_copy(update={"stages": made.lineage.stages | {"export": export}})
-        made = made.model_copy(update={"lineage": lineage, "benchmark": result})
-        build.tracking.log_text(f"{build.recipe.entry.name}.json", made.model_dump_json())
-        return made
-
-    def publish(self, draft: str, entry: str = "demo") -> registry.DraftVersion:
-        """The version of a draft that was built, passed and published."""
-        build = self.build(entry)
-        version = register(build, self.report(build, draft))
-        assert version is not None
-        promote(build, version, published(draft))
-        return registered(entry, store=self.store).versions[version.number - 1]
-
-    def standing(self, draft: str, *measurements: Measurement, entry: str = "demo") -> Standing:
-        """That of a new draft."""
-        made = self.artifacts.benchmark.model_copy(
-            update={"facts": made_build.result(*(measurements or (FIGURES,)))},
-        )
-        export = self.artifacts.draft.model_copy(update={"content_id": draft})
-        return registry.standing(builds.entry_build(self.store, name=entry), export, made)
-
-    def roll_back(self, to: int | None = None) -> int:
-        """The champion after it."""
-        rollback = plan_rollback("demo", to, store=self.store)
-        begin_rollback(rollback, store=self.store)
-        finish_rollback(rollback, published(rollback.to.draft), store=self.store)
-        return self.champion()
-
-    def champion(self) -> int:
-        champion = registered("demo", store=self.store).champion
-        assert champion is not None
-        return champion.number
-
-    def aliases(self) -> dict[str, int]:
-        """The version of each."""
-        aliases = self.client.get_registered_model("specbundle.demo").aliases
-        return {name: int(number) for name, number in aliases.items()}
-
-    def statuses(self) -> list[str]:
-        return [version.status for version in registered("demo", store=self.store).versions]
-
-    @property
-    def client(self) -> MlflowClient:
-        return MlflowClient(tracking.tracking_uri(self.store))
-
-    def stored(self, number: int) -> ModelVersion:
-        """As MLflow has it."""
-        return self.client.get_model_version("specbundle.demo", str(number))
-
-
-def published(draft: str) -> Published:
-    return Published(
-        path=Path("/published/demo"),
-        content_id=f"files of {draft}",
-        changed=True,
-        repository="org/demo",
-        revision="abc",
-    )
-
-
-@pytest.fixture(autouse=True)
-def _no_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(tracking, "_failed_uris", set())
-
-
-@pytest.fixture
-def factory(tracked_store: Path) -> Factory:
-    return Factory(tracked_store)
 
 
 def test_a_draft_is_a_candidate_until_it_is_published_and_then_the_champion(factory: Factory) -> None:
@@ -231,85 +134,6 @@ def test_usual_speeds_are_medians_over_other_drafts_for_that_target_in_that_sett
     )
     build = builds.entry_build(factory.store, name="demo")
     assert registry.standing(build, factory.artifacts.draft, elsewhere).usual_speeds == {}
-
-
-def test_a_rollback_goes_to_the_champion_before_and_twice_to_the_one_before_that(factory: Factory) -> None:
-    for draft in ("d1", "d2", "d3"):
-        factory.publish(draft)
-    assert factory.roll_back() == 2
-    assert factory.roll_back() == 1
-    assert factory.statuses() == ["published", "rolled-back", "rolled-back"]
-    with pytest.raises(ValueError, match="demo has nothing to go back to: 1 champion, 2 rolled-back, 3 rolled-back"):
-        plan_rollback("demo", None, store=factory.store)
-    # A new draft follows the one that is there now.
-    factory.publish("d4")
-    assert factory.roll_back() == 1
-
-
-@pytest.mark.slow
-def test_the_champion_before_is_the_one_that_was_promoted_before_whatever_its_number(factory: Factory) -> None:
-    factory.publish("d1")
-    factory.publish("d2")
-    assert factory.publish("d1").number == 1
-    assert factory.champion() == 1
-    assert factory.roll_back() == 2
-
-
-def test_no_build_publishes_again_what_was_rolled_back_but_a_person_may(factory: Factory) -> None:
-    factory.publish("d1")
-    factory.publish("d2")
-    factory.roll_back()
-    assert factory.standing("d2").rolled_back == 2
-    assert factory.standing("d3").rolled_back is None
-    # That build is rejected, and no version's status follows from it.
-    build = factory.build()
-    register(build, factory.report(build, "d2", failures=(TOO_SLOW,)))
-    assert factory.statuses() == ["published", "rolled-back"]
-    assert factory.roll_back(to=2) == 2
-    assert factory.standing("d2").rolled_back is None
-    assert factory.roll_back() == 1
-
-
-@pytest.mark.slow
-def test_a_rollback_over_several_undoes_all_that_were_promoted_since(factory: Factory) -> None:
-    for draft in ("d1", "d2", "d3"):
-        factory.publish(draft)
-    assert factory.roll_back(to=1) == 1
-    assert factory.statuses() == ["published", "rolled-back", "rolled-back"]
-    assert factory.roll_back(to=2) == 2
-    assert factory.statuses() == ["published", "published", "rolled-back"]
-
-
-def test_a_rollback_that_was_cut_short_is_completed_by_the_next(factory: Factory) -> None:
-    factory.publish("d1")
-    factory.publish("d2")
-    begin_rollback(plan_rollback("demo", None, store=factory.store), store=factory.store)
-    # Users still get the second, and no build publishes it again.
-    assert factory.champion() == 2
-    assert factory.standing("d2").rolled_back == 2
-    assert factory.roll_back() == 1
-
-
-@pytest.mark.slow
-def test_a_rollback_that_was_cut_short_can_be_called_off(factory: Factory) -> None:
-    factory.publish("d1")
-    factory.publish("d2")
-    begin_rollback(plan_rollback("demo", None, store=factory.store), store=factory.store)
-    assert factory.roll_back(to=2) == 2
-    assert factory.statuses() == ["published", "published"]
-
-
-def test_versions_that_cannot_be_gone_back_to_are_refused(factory: Factory) -> None:
-    with pytest.raises(ValueError, match="demo has no champion in sqlite:"):
-        plan_rollback("demo", None, store=factory.store)
-    factory.publish("d1")
-    build = factory.build()
-    register(build, factory.report(build, "d2", failures=(TOO_SLOW,)))
-    with pytest.raises(ValueError, match="version 1 of demo is the champion already"):
-        plan_rollback("demo", 1, store=factory.store)
-    for number in (2, 7):
-        with pytest.raises(ValueError, match=f"no version {number} that was published: 1 champion, 2 rejected"):
-            plan_rollback("demo", number, store=factory.store)
 
 
 def test_a_registry_out_of_reach_is_said_and_loses_no_build(
