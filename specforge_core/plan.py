@@ -189,9 +189,8 @@ def plan_entry(recipe: Recipe, store: Store) -> list[StagePlan]:
     found: dict[str, Artifact[Any]] = {}
     plans = []
     for stage, step in STEPS.items():
-        missing = [name for name in step.reads if name not in found]
-        if missing:
-            plans.append(StagePlan(stage, "waits", f"waits for {', '.join(missing)}"))
+        if missing := [name for name in step.reads if name not in found]:
+            plans.append(_waits(stage, missing))
             continue
         spec = step.make_spec(recipe, *(found[name] for name in step.reads))
         key = spec.key()
@@ -206,11 +205,13 @@ def plan_entry(recipe: Recipe, store: Store) -> list[StagePlan]:
 def plan_unbuilt() -> list[StagePlan]:
     """What a build of an entry that has no artifact yet would do, whatever its target and data are."""
     return [
-        StagePlan(stage, "waits", f"waits for {', '.join(step.reads)}")
-        if step.reads
-        else StagePlan(stage, "stale", "never built")
+        _waits(stage, step.reads) if step.reads else StagePlan(stage, "stale", "never built")
         for stage, step in STEPS.items()
     ]
+
+
+def _waits(stage: str, missing: Sequence[str]) -> StagePlan:
+    return StagePlan(stage, "waits", f"waits for {', '.join(missing)}")
 
 
 def why_stale(spec: StageSpec, store: Store, *, entry_name: str) -> str:
