@@ -1,4 +1,8 @@
-"""Public results that drafts are compared with: `anchors.json`, each row with its source and conditions. Torch-free."""
+"""Public results that drafts are compared with: `anchors.json`, each row with its source and conditions. Torch-free.
+
+Only of EAGLE-3, and only where the source says suite, requests at once, and chain or tree: nothing of ours can stand
+beside other figures.
+"""
 
 from importlib import resources
 from typing import NamedTuple
