@@ -220,6 +220,13 @@ class TrainingConfig(Config):
                 f"{self.max_document_tokens} is more than tokens_per_micro_batch={micro_batch}, and a document is "
                 "never split; lower it or raise tokens_per_micro_batch",
             )
+        if left := self.tokens_per_batch % micro_batch:
+            whole = self.tokens_per_batch - left
+            raise cross_field_error(
+                ("tokens_per_batch",),
+                f"{self.tokens_per_batch} is no multiple of tokens_per_micro_batch={micro_batch}, so a step would have "
+                f"{whole}; set it to that or to {whole + micro_batch}",
+            )
         if self.parallel.tp > 1 and self.optimizer == "muon":
             raise cross_field_error(
                 ("parallel", "tp"),

@@ -123,6 +123,12 @@ def test_scalars_are_read_as_yaml_1_2_reads_them(tmp_path: Path) -> None:
             "lower it or raise tokens_per_batch",
         ),
         (
+            "    training:\n      tokens_per_batch: 20000",
+            18,
+            "training.tokens_per_batch: 20000 is no multiple of tokens_per_micro_batch=8192, so a step would have "
+            "16384; set it to that or to 24576",
+        ),
+        (
             "    training:\n      tokens_per_micro_batch: 99\n      max_document_tokens: 100",
             19,
             "training.max_document_tokens: 100 is more than tokens_per_micro_batch=99",
