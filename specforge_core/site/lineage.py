@@ -16,8 +16,6 @@ class Edge(NamedTuple):
 
     source: str
     target: str
-    input: str
-    """Name of the input, as the reading stage calls it."""
 
 
 def generations(stages: Mapping[str, StageLineage]) -> list[list[str]]:
@@ -37,9 +35,9 @@ def edges(stages: Mapping[str, StageLineage]) -> list[Edge]:
     """Who read whose output: inputs name content, and a stage made that content."""
     made_by = {stage.content_id: name for name, stage in stages.items()}
     return [
-        Edge(made_by[content_id], name, label)
+        Edge(made_by[content_id], name)
         for name, stage in stages.items()
-        for label, content_id in stage.inputs.items()
+        for content_id in stage.inputs.values()
         if content_id in made_by
     ]
 
