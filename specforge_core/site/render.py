@@ -20,6 +20,7 @@ from specforge_core.benchmark.headline import headline
 from specforge_core.benchmark.report import making_rows
 from specforge_core.benchmark.sweep import LAUNCH_NOTE, best_per_load, launch_lines
 from specforge_core.benchmark.tables import (
+    IMPOSSIBLE,
     comparison_rows,
     measured_on,
     processor,
@@ -174,6 +175,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.globals |= {
+        "IMPOSSIBLE": IMPOSSIBLE,
         "STATUSES": STATUSES,
         "hardware_of": hardware_of,
         "headline": headline,
