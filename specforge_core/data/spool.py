@@ -107,14 +107,23 @@ class SpoolWriter:
         needed = self._needed_from()
         return [n for n in self._order.numbers if n not in self._sizes and n >= needed[self._order.group_of(n)]]
 
-    def wait_for_room(self) -> None:
-        """Return when an item may be begun."""
+    def wait_for_room(self, place: Path | None = None) -> None:
+        """Return when an item may be begun.
+
+        Args: place: where it will be written, in this folder. The file of a used item may lie there then, to be
+        overwritten: to let go of memory and to get as much again takes longer than to fill it.
+        """
         began_at = time.monotonic()
         self._started_at = self._started_at or began_at
         said_at = began_at
-        while self._held_bytes() >= self._max_bytes:
-            self._drop_used()
-            if self._held_bytes() < self._max_bytes:
+        while True:
+            for number in self._used():
+                if place is not None:
+                    self._take(number).rename(place)
+                    place = None
+                elif self._is_full():
+                    self._take(number).unlink()
+            if not self._is_full():
                 break
             if time.monotonic() - said_at > SAY_EVERY_S:
                 said_at = time.monotonic()
@@ -137,15 +146,22 @@ class SpoolWriter:
             time.sleep(POLL_S)
             self._drop_used()
 
-    def _held_bytes(self) -> int:
-        return sum(self._sizes.values())
+    def _is_full(self) -> bool:
+        return sum(self._sizes.values()) >= self._max_bytes
 
     def _drop_used(self) -> None:
+        for number in self._used():
+            self._take(number).unlink()
+
+    def _used(self) -> list[int]:
+        """The items that lie there and that nobody needs any more, ascending."""
         needed = self._needed_from()
-        for number in list(self._sizes):
-            if number not in self._order.numbers or number < needed[self._order.group_of(number)]:
-                (self._directory / _name(number)).unlink()
-                del self._sizes[number]
+        return [n for n in self._sizes if n not in self._order.numbers or n < needed[self._order.group_of(n)]]
+
+    def _take(self, number: int) -> Path:
+        """The file of an item, which does not count any more."""
+        del self._sizes[number]
+        return self._directory / _name(number)
 
     def _needed_from(self) -> dict[int, int]:
         """By group, the first item that some member of it is not done with."""

@@ -69,10 +69,12 @@ def produce(spec: TrainSpec, spool: Path, out: Path) -> None:
         features_in_order(spec, live, index, items, out) as features_of,
         progress(desc="produce", total=sum(item_tokens), unit="token") as bar,
     ):
+        place: Path | None = None
         for number, item, num_tokens in zip(numbers, items, item_tokens, strict=True):
-            writer.wait_for_room()
-            filled = shards.fill(number, item, features_of(item))
-            writer.add(number, filled.partial, num_tokens=num_tokens)
+            writer.wait_for_room(place)
+            # By one number, so that all are written in one place; the item's own is its name in the spool.
+            place = shards.fill(0, item, features_of(item)).partial
+            writer.add(number, place, num_tokens=num_tokens)
             bar.update(num_tokens)
     # Without the target by now. Somebody has to be there to tidy up if the trainer dies.
     writer.wait_until_used()

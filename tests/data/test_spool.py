@@ -145,6 +145,27 @@ def test_a_slow_reader_holds_the_producer_up(tmp_path: Path) -> None:
     assert 0.1 < production.waited_s < production.elapsed_s
 
 
+def test_a_new_item_takes_the_place_of_a_used_one_and_no_more_lie_there_than_may(tmp_path: Path) -> None:
+    place = tmp_path / "partial"
+    writer = SpoolWriter(tmp_path, Order(0, (0,) * 9, 1), max_bytes=3 * ITEM_BYTES)
+    reader = SpoolReader(tmp_path, Order(0, (0,) * 9, 1), group=0, member=0)
+    for number in range(3):
+        write(writer, tmp_path, number)
+    first = (tmp_path / "00000000").stat().st_ino
+    for number in range(2):
+        reader.done(number)
+    writer.wait_for_room(place)
+    assert (place.stat().st_ino, items(tmp_path)) == (first, [1, 2])
+    # A longer one: the other used item has to go before the next one may be begun.
+    place.write_bytes(bytes(3 * ITEM_BYTES))
+    writer.add(3, place, num_tokens=10)
+    reader.done(2)
+    reader.done(3)
+    writer.wait_for_room(place)
+    assert place.stat().st_size == ITEM_BYTES
+    assert items(tmp_path) == []
+
+
 def test_items_that_threads_let_go_of_in_another_order_are_kept_until_those_before_are_done(tmp_path: Path) -> None:
     order = Order(0, (0,) * 6, 1)
     writer = SpoolWriter(tmp_path, order, max_bytes=6 * ITEM_BYTES)
