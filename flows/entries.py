@@ -4,14 +4,14 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from prefect import Task
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.summary import BuildSummary, EntryRow, row_of_error, row_of_outcome, show_summary
+from flows.summary import BuildSummary, EntryRow, Status, row_of_error, row_of_outcome, show_summary
 from specforge_core.engine import sglang_version
 from specforge_core.facts import Record
 from specforge_core.gpus import Gpu, list_gpus
@@ -164,7 +164,7 @@ def _finish(rows: list[EntryRow], settings: RunSettings, site: Path | None) -> B
     show_summary(summary)
     if site:
         run.log_tags({SITE_TAG: site.as_uri()})
-    for status in ("published", "passed", "rejected", "failed", "skipped"):
+    for status in get_args(Status):
         run.log_metrics({f"num_{status}": sum(row.status == status for row in rows)})
     run.log_text("summary.md", summary.markdown())
     run.end("FAILED" if summary.is_failure else "FINISHED")

@@ -1,7 +1,7 @@
 """How a build ended: one row per entry, on the page of its run and in the tracker."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
@@ -15,12 +15,14 @@ from tasks.tracking import server_command
 
 MAX_ERROR_CHARS = 300
 
+Status = Literal["published", "passed", "rejected", "failed", "skipped"]
+
 
 class EntryRow(Record):
     """How the build of one entry ended."""
 
     entry: str
-    status: Literal["published", "passed", "rejected", "failed", "skipped"]
+    status: Status
     acceptance_length: float | None = None
     """Mean over the suites, at the first serving configuration."""
     speedup: float | None = None
@@ -74,15 +76,15 @@ class BuildSummary(Record):
 
     def next_steps(self) -> list[str]:
         """Where to look now, as lines for a terminal."""
+        measured = [row.entry for row in self.rows if row.speedup is not None]
         site = [f"site:     {self.site.as_uri()}"] if self.site else []
-        reports = [f"report:   {self.store / 'reports' / row.entry}.md" for row in self.rows if row.speedup is not None]
-        built = [row.entry for row in self.rows if row.speedup is not None]
+        reports = [f"report:   {self.store / 'reports' / entry}.md" for entry in measured]
         compare = []
         if self.comparison_url:
             compare.append(f"compare:  {self.comparison_url}")
         if self.comparison_url and not self.tracking_uri.startswith("http"):
             compare.append(f"          served by `{' '.join(server_command(self.tracking_uri))}`, or `make up`")
-        look = [f"look at:  specbundle show conversation --entry {built[0]}; specbundle report"] if built else []
+        look = [f"look at:  specbundle show conversation --entry {measured[0]}; specbundle report"] if measured else []
         return [*site, *reports, *compare, *look]
 
     def markdown(self) -> str:
@@ -92,7 +94,7 @@ class BuildSummary(Record):
 
 def row_of_outcome(name: str, outcome: Outcome, *, store: Path, elapsed_s: float) -> EntryRow:
     """The row of a build that reached its end."""
-    status: Any
+    status: Status
     place = None
     if isinstance(outcome, Published):
         place = outcome.url or str(outcome.path)
