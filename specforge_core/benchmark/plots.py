@@ -114,10 +114,8 @@ def acceptance_figure(measurements: Sequence[Measurement]) -> "Figure":
     """Acceptance by draft position: a colour for each suite, a line style for each chain."""
     figure, (panel,) = _figure(1)
     lines = position_lines(measurements)
-    suites, chains = (
-        list(dict.fromkeys(line.suite for line in lines)),
-        list(dict.fromkeys(line.chain for line in lines)),
-    )
+    suites = list(dict.fromkeys(line.suite for line in lines))
+    chains = list(dict.fromkeys(line.chain for line in lines))
     for line in lines:
         panel.plot(
             range(1, len(line.shares) + 1),
@@ -191,11 +189,9 @@ def _plot_ranges(
 ) -> None:
     """A line through the medians, or through `middle`, with a bar from the lowest to the highest repeat."""
     y = [median(values) for values in repeats] if middle is None else middle
-    low, high = (
-        [max(0.0, m - min(values)) for m, values in zip(y, repeats, strict=True)],
-        [max(0.0, max(values) - m) for m, values in zip(y, repeats, strict=True)],
-    )
-    panel.errorbar(x, y, yerr=(low, high), capsize=2, markersize=4, linewidth=1.3, **style)
+    below = [max(0.0, m - min(values)) for m, values in zip(y, repeats, strict=True)]
+    above = [max(0.0, max(values) - m) for m, values in zip(y, repeats, strict=True)]
+    panel.errorbar(x, y, yerr=(below, above), capsize=2, markersize=4, linewidth=1.3, **style)
 
 
 def _ring(panel: "Axes", advice: Sequence[LoadAdvice], y: Sequence[float]) -> None:

@@ -163,7 +163,7 @@ def repository_url(view: EntryView) -> str | None:
     outcome = view.record.outcome
     if not isinstance(outcome, Published):
         return None
-    return web_url(getattr(outcome, "url", None)) or outcome.path.absolute().as_uri()
+    return web_url(outcome.url) or outcome.path.absolute().as_uri()
 
 
 def _environment() -> Environment:
