@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -55,9 +56,7 @@ def recording(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Record
 
 def announce(figures: Measurement | SweepPoint, workload: Workload, out: Path) -> None:
     """Log what was measured, and add it to the stage's curves: one for each chain, over the concurrency."""
-    without_draft, with_draft = (
-        sum(speeds) / len(speeds) for speeds in (figures.baseline_output_tokens_per_s, figures.output_tokens_per_s)
-    )
+    without_draft, with_draft = median(figures.baseline_output_tokens_per_s), median(figures.output_tokens_per_s)
     logger.info(
         "%s: acceptance length %.2f, speedup %.2f, %.0f output tokens/s with draft and %.0f without",
         workload,
