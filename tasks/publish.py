@@ -44,13 +44,13 @@ def publish(build: EntryBuild, artifacts: BuildArtifacts) -> Published | Withhel
     root = build.store / (DRY_RUN if build.dry_run else entry.publish.directory)
     report = make_report(entry, target, artifacts, failures=())
     published = publish_directory(root, entry.name, repository_files(report, artifacts, target))
-    folders, notes = [published.path], [collection_note(report)]
+    contents = [(published.path, collection_note(report))]
     if entry.publish.dataset:
         files = dataset_files(entry, build.recipe.data, target, artifacts.conversations)
-        folders.insert(0, publish_directory(root / DATASETS, entry.name, files).path)
-        notes.insert(0, f"{report.conversations.num_conversations:,} conversations, answered by {entry.target.model}")
+        note = f"{report.conversations.num_conversations:,} conversations, answered by {entry.target.model}"
+        contents.insert(0, (publish_directory(root / DATASETS, entry.name, files).path, note))
     hub = open_hub() if build.publish_to == "hub" else None
-    parts = [Part(*part) for part in zip(repositories(entry), folders, notes, strict=True)] if hub else []
+    parts = [Part(one, *content) for one, content in zip(repositories(entry), contents, strict=True)] if hub else []
     if build.dry_run:
         return Withheld(plan=_write_plan(build, published, hub, parts))
     if hub:
