@@ -1,4 +1,4 @@
-"""The only MLflow code: one run per build, one per entry, curves that grow while stages run.
+"""What MLflow tracks: one run per build, one per entry, curves that grow while stages run.
 
 Two experiments, because MLflow's chart view compares the runs of one experiment and hides nested ones. A run is named
 by URI and id, so that tasks on any thread can add to it. Tracking that fails warns once and is left out from there on.
