@@ -10,8 +10,9 @@ moments of AdamW. For the draft of a 70B target (width 8,192, P = 1.4e9) that is
 all-reduce in float32 a step.
 
 Refused: FSDP2, whose hooks reduce what autograd leaves in `.grad`, while our passes add float32 products to it by hand,
-and which would need its private accumulators for that; and float32 weights in shards too (gathered in bfloat16), which
-saves 4 P (1 - 1 / N), 3 GB above, for parameters with gradients of another dtype and a `state_dict` that is no draft's.
+and which would need its private accumulators for that (`bench/fsdp2.py` measures it with autograd); and float32 weights
+in shards too (gathered in bfloat16), which saves 4 P (1 - 1 / N), 3 GB above, for parameters with gradients of another
+dtype and a `state_dict` that is no draft's.
 """
 
 from collections.abc import Collection, Iterator, Sequence

@@ -101,7 +101,7 @@ def test_long_steps_are_repeated_less_often(monkeypatch: pytest.MonkeyPatch):
         return warmed_up(step, ALONE, num_repeats=7), count
 
     # Repeats, and warm-ups before.
-    assert [number_of(seconds) for seconds in (0.5, 2.0, 8.0)] == [(7, 3), (5, 2), (2, 2)]
+    assert [number_of(seconds) for seconds in (0.5, 1.5, 8.0)] == [(7, 3), (3, 2), (2, 2)]
 
 
 def _measured(num_processes: int, cases: Sequence[Case], rank: int) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from specforge_core.drafts.base import DraftBatch
 from specforge_core.manifest_sections import TrainingConfig
 from specforge_core.training.bench.batch import make_draft
 from specforge_core.training.bench.conventional import ConventionalDraft, pad_batch
+from specforge_core.training.bench.measure import release_memory
 from specforge_core.training.bench.shapes import Shape
 from specforge_core.training.workers import Workers, compute_dtype
 
@@ -33,10 +34,14 @@ def conventional_step(
     dtype = compute_dtype(workers.device)
     module = ConventionalDraft(make_draft(shape, num_steps=num_steps, seed=0, device=workers.device), dtype)
     module.weights.float()
+    # The draft whose weights these were is not part of the path.
+    release_memory()
     if workers.world_size > 1:
         _shard(module, dtype, workers)
     config = TrainingConfig()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
     padded = [[pad_batch(batch, num_steps, workers.device) for batch in batches] for batches in steps]
 
     def step() -> Tensor:
