@@ -16,10 +16,13 @@ from specforge_core.gpus import cpu_name
 VERSIONS_OF = ("torch", "transformers")
 
 
-def environment(*, num_threads: int, gpu: str | None, more_versions: Sequence[str] = ()) -> Environment:
+def environment(
+    *, num_threads: int, gpu: str | None, more_versions: Sequence[str] = (), named_commit: str | None = None
+) -> Environment:
     """What this process runs on.
 
-    Args: gpu: name of the GPU that it computes on; more_versions: packages that count beside the usual ones.
+    Args: gpu: name of the GPU that it computes on; more_versions: packages that count beside the usual ones;
+    named_commit: what the user says that these sources are, where they lie outside a checkout.
     """
     return Environment(
         cpu=cpu_name(),
@@ -28,7 +31,7 @@ def environment(*, num_threads: int, gpu: str | None, more_versions: Sequence[st
         # A measurement may run from sources that are not installed.
         versions={"specbundle": __version__}
         | {name: importlib.metadata.version(name) for name in (*VERSIONS_OF, *more_versions)},
-        commit=commit(),
+        commit=named_commit or commit(),
         command=shlex.join(["python", *sys.orig_argv[1:]]),
     )
 

@@ -303,11 +303,13 @@ def main() -> int:
     if not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device here; on a CPU the tests run the kernels, and time says nothing")
     made_on = environment(
-        num_threads=torch.get_num_threads(), gpu=torch.cuda.get_device_name(), more_versions=("triton",)
+        num_threads=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name(),
+        more_versions=("triton",),
+        named_commit=arguments.commit,
     )
     versions = made_on.versions | {"cuda": str(torch.version.cuda)}
-    made_on = made_on.model_copy(update={"versions": versions, "commit": made_on.commit or arguments.commit})
-    report = measure(cases, made_on)
+    report = measure(cases, made_on.model_copy(update={"versions": versions}))
     print(markdown(report))  # noqa: T201
     if arguments.out is not None:
         logger.info("written: %s", write_report(arguments.out, report))

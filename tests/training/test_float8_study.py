@@ -97,11 +97,13 @@ def test_runs_of_several_machines_are_merged_and_a_repeated_one_is_replaced(
 def test_a_smoke_run_measures_drafts_with_and_without_float8_features(tmp_path: Path) -> None:
     out, work = tmp_path / "out", tmp_path / "work"
     command = [*STUDY, "--smoke", "--targets", "demo", "large", "--seeds", "2", "--target-minutes", "0.6"]
-    command += ["--out", str(out), "--work", str(work)]
+    # Named, as the checkout's may change between the two runs.
+    command += ["--out", str(out), "--work", str(work), "--commit", "abc"]
     subprocess.run(command, cwd=ROOT, check=True)
     study = load_study(out / "float8.json")
     assert [run.target.name for run in study.runs] == ["demo target", "larger target"]
     for run in study.runs:
+        assert run.environment.commit == "abc"
         kinds = [(outcome.seed, outcome.features, outcome.float8_matmuls) for outcome in run.outcomes]
         # A CPU has no matrix units for float8.
         assert kinds == [(seed, features, False) for seed in (0, 1) for features in ("bfloat16", "float8")]

@@ -58,10 +58,12 @@ def main() -> int:
 def run(settings: Settings, arguments: argparse.Namespace) -> TrainingBench:
     """The result, written after each row."""
     gpu = torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else None
-    made_on = environment(num_threads=torch.get_num_threads(), gpu=gpu, more_versions=["triton"])
+    made_on = environment(
+        num_threads=torch.get_num_threads(), gpu=gpu, more_versions=["triton"], named_commit=arguments.commit
+    )
     card = measure_card(settings.device, compute_dtype(settings.device))
     result = TrainingBench(
-        environment=made_on.model_copy(update={"commit": arguments.commit or made_on.commit}),
+        environment=made_on,
         num_steps=settings.num_steps,
         num_warm_ups=settings.num_warm_ups,
         dtype=str(compute_dtype(settings.device)).removeprefix("torch."),

@@ -328,11 +328,12 @@ def _run_without_drafts(
     subject: Subject, study: Study, conversations: Conversations, specs: dict[FeatureDtype, TrainSpec]
 ) -> StudyRun:
     gpu = torch.cuda.get_device_name() if study.device == "cuda" else None
-    made_on = environment(num_threads=torch.get_num_threads(), gpu=gpu, more_versions=["triton"])
     training = subject.entry.training
     split = FeatureSet(specs["bfloat16"].hidden_states).split(training.eval_fraction)
     return StudyRun(
-        environment=made_on.model_copy(update={"commit": study.commit or made_on.commit}),
+        environment=environment(
+            num_threads=torch.get_num_threads(), gpu=gpu, more_versions=["triton"], named_commit=study.commit
+        ),
         target=subject.studied,
         conversations=conversations,
         num_held_out=len(split.eval),
