@@ -38,13 +38,15 @@ def comparison_view(metrics: Iterable[str]) -> str:
         for suite in suites
         if ACCEPTANCE + suite in found
     ]
-    section = {"uuid": VIEW, "name": "speedup over acceptance length", "display": True, "isReordered": True}
+    front = {"uuid": VIEW, "name": "speedup over acceptance length", "columns": COLUMNS, "cardHeight": CARD_PIXELS}
+    bars = [{"uuid": prefix, "name": prefix.rstrip("/")} for prefix in (ACCEPTANCE, SPEEDUP)]
     return json.dumps(
         {
             "searchFilter": SHOWN,
             "compareRunCharts": charts,
-            "compareRunSections": [{**section, "columns": COLUMNS, "cardHeight": CARD_PIXELS}],
-            # Or else sections would be sorted by name.
+            # MLflow adds the others, and to each section the metrics with its name.
+            "compareRunSections": [{**section, "display": True} for section in (front, *bars)],
+            # Or else these would be sorted by name.
             "isAccordionReordered": True,
         }
     )
