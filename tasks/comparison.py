@@ -38,7 +38,12 @@ def comparison_view(metrics: Iterable[str]) -> str:
         for suite in suites
         if ACCEPTANCE + suite in found
     ]
-    front = {"uuid": VIEW, "name": "speedup over acceptance length", "columns": COLUMNS, "cardHeight": CARD_PIXELS}
+    front: dict[str, object] = {
+        "uuid": VIEW,
+        "name": "speedup over acceptance length",
+        "columns": COLUMNS,
+        "cardHeight": CARD_PIXELS,
+    }
     bars = [{"uuid": prefix, "name": prefix.rstrip("/")} for prefix in (ACCEPTANCE, SPEEDUP)]
     return json.dumps(
         {
