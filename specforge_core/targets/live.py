@@ -122,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError:
         traceback.print_exc()
         return USER_ERROR_STATUS
-    except SystemExit:
+    except BaseException:
+        # Told to end, or a line could not be printed for lack of a reader: where the trainer was killed it is either.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         remove_abandoned(args.spool)
         raise
     return 0

@@ -39,7 +39,16 @@ MAX_RESTARTS = 3
 POLL_S = 0.2
 NOTABLE_SHARE = 0.05
 """Of its time that one side waits for the other, before that is worth a line."""
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "TORCH_NCCL_ASYNC_",
+)
 """Beginnings of what torchrun sets: the producer is none of its ranks."""
 
 

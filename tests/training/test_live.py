@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from specforge_core.data.loader import FeatureSet, StoredBatch
 from specforge_core.data.spool import ProducerFailed
 from specforge_core.drafts.base import DraftBatch
 from specforge_core.facts import DraftCheckpoint
-from specforge_core.manifest_sections import Eagle3Config, FeaturesConfig, TrainingConfig
+from specforge_core.manifest_sections import Eagle3Config, FeaturesConfig, ParallelConfig, TrainingConfig
 from specforge_core.stages import CaptureSpec, LiveSource, ResolvedTarget, TrainSpec, UnmeasuredEngine, VocabularySpec
 from specforge_core.targets import capture
 from specforge_core.training import live
@@ -252,16 +253,21 @@ def test_the_result_is_that_of_stored_features_though_producer_and_trainer_are_k
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cp", [1, 2])
 def test_two_processes_train_on_one_producer_what_one_trains_on_stored_features(
     tmp_path: Path,
     inputs: Path,
     tiny_target: ResolvedTarget,
     stored: tuple[Path, DraftCheckpoint],
     monkeypatch: pytest.MonkeyPatch,
+    cp: int,
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     spec, out = make_spec(inputs, tiny_target, source()), tmp_path / "two"
+    # Of dp the two take items in turn, of cp both read each one.
+    training = TRAINING.model_copy(update={"parallel": ParallelConfig(cp=cp)})
+    spec = spec.model_copy(update={"training": training})
     done = subprocess.run(command(spec, out, *launcher), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     facts = load_artifact(out, DraftCheckpoint).facts
@@ -272,6 +278,43 @@ def test_two_processes_train_on_one_producer_what_one_trains_on_stored_features(
         # float32 sums in another order.
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     assert set(Counter(number for _, number in made(tmp_path)).values()) == {1}
+
+
+def test_the_target_gets_the_last_gpus_and_nothing_of_the_launcher_of_ranks(
+    tmp_path: Path, inputs: Path, tiny_target: ResolvedTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environments = []
+
+    def note(spec: TrainSpec, spool: Path, out: Path, environment: dict[str, str]) -> AbstractContextManager[None]:
+        environments.append(environment)
+        return nullcontext()
+
+    monkeypatch.setattr(live, "Producer", note)
+    monkeypatch.setattr(live, "visible_devices", lambda: ("0", "1", "GPU-2", "GPU-3"))
+    for name in ("RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    live_source = source("sglang").model_copy(update={"serve_gpus": 2})
+    with live_features(make_spec(inputs, tiny_target, live_source), tmp_path, ALONE) as features:
+        features.begin(plan_training(features, TRAINING, 1).steps, 0)
+    (environment,) = environments
+    assert environment["CUDA_VISIBLE_DEVICES"] == "GPU-2,GPU-3"
+    assert environment[MEMORY_VARIABLE] == os.environ[MEMORY_VARIABLE]
+    assert not {"RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & set(environment)
+
+
+@pytest.mark.slow
+def test_all_that_torchrun_sets_is_kept_from_the_target(tmp_path: Path) -> None:
+    # In a file of each rank: its variables as the producer would have them.
+    program = (
+        "import json, os, sys; from pathlib import Path;"
+        "from specforge_core.training.live import producer_environment;"
+        "Path(sys.argv[1], os.environ['RANK']).write_text(json.dumps(sorted(producer_environment(os.environ, []))))"
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable]
+    subprocess.run([sys.executable, *launcher, "-c", program, str(tmp_path)], check=True, cwd=Path(__file__).parents[2])
+    kept = set(json.loads((tmp_path / "1").read_text()))
+    # The last two are Python's own, of a terminal.
+    assert kept - set(os.environ) <= {"CUDA_VISIBLE_DEVICES", "COLUMNS", "LINES"}
 
 
 @pytest.mark.slow
