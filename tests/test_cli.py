@@ -178,7 +178,9 @@ def test_reading_commands_load_neither_prefect_nor_mlflow_nor_torch(factory: Pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_ctrl_c_ends_a_build_without_leftovers_and_the_next_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_build_without_leftovers_and_the_next_goes_on(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     endless = tiny_entry()
     endless["training"] |= {"num_epochs": 5_000, "checkpoints_per_run": 1000}
     manifest = make_factory(tmp_path, endless)
@@ -189,6 +191,7 @@ def test_ctrl_c_ends_a_build_without_leftovers_and_the_next_goes_on(tmp_path: Pa
     with log.open("w") as output:
         # A session of its own, so that the signal reaches it and its server as a terminal's Ctrl-C would.
         started = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    request.addfinalizer(started.kill)
     train = tmp_path / ".specbundle" / "train"
     deadline = time.monotonic() + 300
     while not list(train.glob(".building-*/metrics.jsonl")):
