@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import compress, cycle
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -55,12 +56,20 @@ class StoredBatch(NamedTuple):
 class DocumentSet(ABC):
     """Documents to train on: how long they are, how they are split, and in which batches they come."""
 
-    def __init__(self, document_ids: Sequence[str], lengths: Sequence[int], *, max_document_tokens: int | None) -> None:
-        """Args: lengths: of the whole documents; max_document_tokens: cut longer ones here."""
+    def __init__(
+        self,
+        document_ids: Sequence[str],
+        lengths: Sequence[int],
+        num_teaching: Sequence[int],
+        *,
+        max_document_tokens: int | None,
+    ) -> None:
+        """Args: lengths, num_teaching: of the whole documents; max_document_tokens: cut longer ones here."""
         self.document_ids = document_ids
         limit = max_document_tokens or max(lengths)
         self.lengths = [min(length, limit) for length in lengths]
         """Tokens of each document."""
+        self._num_teaching = num_teaching
         if num_cut := sum(length > limit for length in lengths):
             lost_tokens = sum(lengths) - sum(self.lengths)
             logger.warning("%d documents are cut at %d tokens; %d tokens are lost", num_cut, limit, lost_tokens)
@@ -89,6 +98,17 @@ class DocumentSet(ABC):
         fill = sum(lengths) / (budget * len(batches))
         logger.info("epoch %d: %d micro-batches of %d tokens, %.1f %% full", epoch, len(batches), budget, 100 * fill)
         return batches
+
+    def dealt(self, step: Sequence[Sequence[int]], num_replicas: int) -> list[int]:
+        """Which replica takes each of these micro-batches.
+
+        Time goes with teaching tokens: for Llama-3.1-8B's draft one takes a dozen times as long as another token.
+        """
+        return deal([sum(self._num_teaching[document] for document in batch) for batch in step], num_replicas)
+
+    def share(self, step: Sequence[Sequence[int]], replica: int, num_replicas: int) -> list[Sequence[int]]:
+        """The micro-batches that are dealt to this replica; none for some in a short last step."""
+        return list(compress(step, (taker == replica for taker in self.dealt(step, num_replicas))))
 
     def begin(self, steps: Sequence[Sequence[Sequence[int]]], first_step: int) -> None:  # noqa: B027
         """Say what a training will ask for, from which step on, before it does: features may have to be made first."""
@@ -122,6 +142,7 @@ class FeatureSet(DocumentSet):
         super().__init__(
             [document_id for shard in shards for document_id in shard.document_ids],
             [length for shard in shards for length in shard.lengths],
+            [count for shard in shards for count in shard.num_teaching],
             max_document_tokens=max_document_tokens,
         )
 
@@ -222,9 +243,17 @@ def plan_steps(micro_batches: Sequence[ItemT], per_step: int) -> list[Sequence[I
     return [micro_batches[start : start + per_step] for start in range(0, len(micro_batches), per_step)]
 
 
-def rank_share(step: Sequence[ItemT], rank: int, world_size: int) -> Sequence[ItemT]:
-    """A process's part of a step, dealt out in turn; empty for some in a short last step."""
-    return step[rank::world_size]
+def deal(loads: Sequence[float], num_replicas: int) -> list[int]:
+    """Which replica takes each load: equally many for all, up to one, and about as much.
+
+    From the largest to the smallest in turn, to and fro.
+    """
+    there_and_back = [*range(num_replicas), *reversed(range(num_replicas))]
+    takers = [0] * len(loads)
+    largest_first = sorted(range(len(loads)), key=lambda place: -loads[place])
+    for place, taker in zip(largest_first, cycle(there_and_back), strict=False):
+        takers[place] = taker
+    return takers
 
 
 def prefetched(load: Callable[[ItemT], LoadedT], items: Iterable[ItemT]) -> Iterator[LoadedT]:

@@ -244,6 +244,11 @@ class Shard:
         """Tokens of each document."""
         return [stop - start for start, stop in pairwise(self._token_offsets)]
 
+    @property
+    def num_teaching(self) -> list[int]:
+        """Teaching tokens of each document."""
+        return [stop - start for start, stop in pairwise(self._teaching_offsets)]
+
     def read(self, document: int, num_tokens: int) -> StoredDocument:
         """The first `num_tokens` tokens of the shard's document number `document`, as views of the mapped file.
 

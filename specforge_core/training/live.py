@@ -59,7 +59,11 @@ def live_features(spec: TrainSpec, out: Path, workers: Workers) -> Iterator["Liv
     assert spec.conversations is not None
     limit = spec.training.max_document_tokens
     stored = FeatureSet(spec.hidden_states, max_document_tokens=limit)
-    lengths = {document.id: len(document.input_ids_T) for document in supervised_documents(spec.conversations, limit)}
+    sizes = {
+        # A token teaches if the next one of its document is an answer's.
+        document.id: (len(document.input_ids_T), int(document.loss_mask_T[1:].sum()))
+        for document in supervised_documents(spec.conversations, limit)
+    }
     max_bytes = int(spec.live.buffer_gib * 2**30)
     with ExitStack() as stack:
         folder = None
@@ -76,7 +80,7 @@ def live_features(spec: TrainSpec, out: Path, workers: Workers) -> Iterator["Liv
             # It is handed on, not read: what the trainer inherited is for the target's libraries as well.
             stack.enter_context(Producer(spec, spool, out, producer_environment(os.environ, gpus)))
 
-        yield LiveFeatures(lengths, HeldOut(stored, spec.training.eval_fraction), spool, workers, start_producer)
+        yield LiveFeatures(sizes, HeldOut(stored, spec.training.eval_fraction), spool, workers, start_producer)
 
 
 def _of_first(folder: Path | None, workers: Workers) -> Path:
@@ -102,16 +106,17 @@ class LiveFeatures(DocumentSet):
 
     def __init__(
         self,
-        lengths: Mapping[str, int],
+        sizes: Mapping[str, tuple[int, int]],
         held_out: HeldOut,
         spool: Path,
         workers: Workers,
         start_producer: Callable[[], None],
     ) -> None:
-        """Args: lengths: tokens by document, cut already; start_producer: called by the first process, once it is said
-        what is wanted.
+        """Args: sizes: tokens and teaching tokens by document, cut already; start_producer: called by the first
+        process, once it is said what is wanted.
         """
-        super().__init__(list(lengths), list(lengths.values()), max_document_tokens=None)
+        lengths, num_teaching = zip(*sizes.values(), strict=True)
+        super().__init__(list(sizes), lengths, num_teaching, max_document_tokens=None)
         self._held_out = held_out
         self._is_held_out = frozenset(self.split(held_out.fraction).eval)
         self._spool, self._workers, self._start_producer = spool, workers, start_producer
@@ -127,8 +132,7 @@ class LiveFeatures(DocumentSet):
         num_members = self._workers.world_size // num_replicas
         order = Order(
             first=sum(map(len, steps[:first_step])),
-            # As `rank_share` deals them out.
-            groups=tuple(i % num_replicas for step in steps[first_step:] for i in range(len(step))),
+            groups=tuple(replica for step in steps[first_step:] for replica in self.dealt(step, num_replicas)),
             num_members=num_members,
         )
         self._reader = SpoolReader(

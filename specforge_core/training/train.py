@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch.optim import Optimizer
 
 from specforge_core.artifacts import METRICS_NAME, PROGRESS_DIRECTORY, write_atomically
-from specforge_core.data.loader import DocumentSet, FeatureSet, plan_steps, rank_share
+from specforge_core.data.loader import DocumentSet, FeatureSet, plan_steps
 from specforge_core.data.shards import load_index, load_target_config, load_target_head
 from specforge_core.data.vocab import load_vocabulary
 from specforge_core.drafts import ALGORITHMS
@@ -181,7 +181,7 @@ def take_steps(
     config, plan, draft, features, workers = run.config, run.plan, run.draft, run.features, run.workers
     num_steps = len(plan.steps)
     step_tokens = [sum(features.lengths[i] for batch in step for i in batch) for step in plan.steps]
-    shares = [rank_share(step, workers.replica, workers.num_replicas) for step in plan.steps]
+    shares = [features.share(step, workers.replica, workers.num_replicas) for step in plan.steps]
     features.begin(plan.steps, state.step)
     batches = prepared_batches(draft, features, (batch for share in shares[state.step :] for batch in share), workers)
     evaluate_at = milestones(num_steps, config.evals_per_run)
@@ -229,4 +229,5 @@ def prepared_batches(
 
 def eval_batches(draft: DraftModel, features: DocumentSet, plan: Plan, workers: Workers) -> Iterator[DraftBatch]:
     """This worker's share of the held-out documents."""
-    return prepared_batches(draft, features, rank_share(plan.eval, workers.replica, workers.num_replicas), workers)
+    share = features.share(plan.eval, workers.replica, workers.num_replicas)
+    return prepared_batches(draft, features, share, workers)

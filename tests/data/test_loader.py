@@ -12,14 +12,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from specforge_core.data.loader import (
     FeatureSet,
     StoredBatch,
+    deal,
     dequantised,
     plan_epoch,
     plan_steps,
     prefetched,
-    rank_share,
 )
+from specforge_core.data.shards import Document, FeatureWriter
 from specforge_core.drafts.base import DraftBatch
 from specforge_core.drafts.rows import index_rows
+from specforge_core.targets import TargetFeatures
 from tests.data.feature_files import INDEX, make_document, make_features, write_features
 
 LENGTHS = [7, 5, 20, 1, 3, 9, 9, 14, 2, 6]
@@ -200,12 +202,38 @@ def test_a_pinned_batch_is_pinned_as_a_whole_and_holds_the_same(tmp_path: Path, 
         )
 
 
-def test_processes_share_a_step_and_a_short_last_step_leaves_some_without_work():
-    steps = plan_steps([[0], [1], [2], [3], [4]], per_step=4)
-    assert steps == [[[0], [1], [2], [3]], [[4]]]
-    assert [rank_share(steps[0], rank, 2) for rank in range(2)] == [[[0], [2]], [[1], [3]]]
-    assert [rank_share(steps[1], rank, 2) for rank in range(2)] == [[[4]], []]
-    assert [rank_share(steps[0], rank, 3) for rank in range(3)] == [[[0], [3]], [[1]], [[2]]]
+@pytest.mark.parametrize(
+    ("loads", "num_replicas", "takers"),
+    [
+        ([5, 1, 4, 2], 1, [0, 0, 0, 0]),
+        # 5 + 1 and 4 + 2.
+        ([5, 1, 4, 2], 2, [0, 0, 1, 1]),
+        ([3, 3, 3, 3], 2, [0, 1, 1, 0]),
+        # 7 + 2 + 1, 6 + 3 and 5 + 4.
+        ([1, 2, 3, 4, 5, 6, 7], 3, [0, 0, 1, 2, 2, 1, 0]),
+        # A short last step leaves some without work.
+        ([8], 2, [0]),
+        ([], 2, []),
+    ],
+)
+def test_loads_are_dealt_out_in_equal_numbers_and_sums(loads: list[int], num_replicas: int, takers: list[int]):
+    assert deal(loads, num_replicas) == takers
+
+
+def test_replicas_share_micro_batches_by_their_teaching_tokens_in_the_order_of_the_plan(tmp_path: Path):
+    writer = FeatureWriter(tmp_path, INDEX)
+    for number, (length, num_teaching) in enumerate([(20, 3), (30, 2), (10, 9), (4, 3)]):
+        document = Document(f"{number}", torch.zeros(length).int(), torch.arange(length) >= length - num_teaching)
+        features = TargetFeatures(
+            torch.zeros(length, 2, 4), torch.zeros(num_teaching, 4), *torch.zeros(2, num_teaching).int()
+        )
+        writer.write([document], [features])
+    stored = FeatureSet(tmp_path)
+    step = [[0], [1], [2], [3]]
+    # In turn it would be 0, 1, 0, 1, and by tokens 1, 0, 1, 0.
+    assert stored.dealt(step, 2) == [1, 0, 0, 1]
+    assert [stored.share(step, replica, 2) for replica in range(2)] == [[[1], [2]], [[0], [3]]]
+    assert stored.share(step, 0, 1) == step
 
 
 def test_long_documents_are_cut_and_it_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):

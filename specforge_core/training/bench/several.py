@@ -12,20 +12,27 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from specforge_core.data.loader import plan_epoch, plan_steps, rank_share
+from specforge_core.data.loader import deal, plan_epoch, plan_steps
 from specforge_core.drafts.base import DraftBatch
 from specforge_core.environment import environment, hardware_stem
 from specforge_core.manifest_sections import ParallelConfig, TrainingConfig
 from specforge_core.training.bench.batch import count_rows, make_batch, make_draft, to_device
 from specforge_core.training.bench.exchanges import timed
 from specforge_core.training.bench.fsdp2 import conventional_step
-from specforge_core.training.bench.lengths import Conversation, Lengths, count_tokens, draw_conversations
+from specforge_core.training.bench.lengths import (
+    Conversation,
+    Lengths,
+    count_answer_tokens,
+    count_tokens,
+    draw_conversations,
+)
 from specforge_core.training.bench.measure import release_memory
 from specforge_core.training.bench.several_results import FSDP2, OURS, SeveralBench, SeveralRow, write_results
 from specforge_core.training.bench.shapes import SHAPES, Shape, dense_flops, peak_flops, useful_flops
@@ -44,6 +51,8 @@ TIMED_S = 5.0
 MIN_REPEATS = 2
 STEM_SUFFIX = "-several-gpus"
 
+Numbered = tuple[int, Sequence[Conversation]]
+"""A micro-batch and the seed of its random numbers."""
 Steps = Sequence[Sequence[DraftBatch]]
 """The micro-batches of each step, on the CPU."""
 
@@ -179,22 +188,25 @@ def drawn_steps(work: Work, workers: Workers) -> Steps:
     if work.lengths == "uniform":
         conversations = _drawn(work, work.num_tokens)
         first = workers.replica * num_batches
-        numbered: list[tuple[int, Sequence[Conversation]]] = [
-            (first + number, conversations) for number in range(num_batches)
-        ]
+        numbered: list[Numbered] = [(first + number, conversations) for number in range(num_batches)]
         steps = plan_steps(numbered, work.micro_batches)
     else:
         # The plan of an epoch leaves its last batches half empty.
         drawn = _drawn(work, 2 * num_batches * work.num_tokens)
         plan = plan_epoch([count_tokens(conversation) for conversation in drawn], work.num_tokens, seed=0, epoch=0)
         of_all = [(number, [drawn[i] for i in batch]) for number, batch in enumerate(plan[:num_batches])]
-        steps = [
-            rank_share(step, workers.replica, workers.num_replicas) for step in plan_steps(of_all, work.micro_batches)
-        ]
+        steps = [_share(step, workers) for step in plan_steps(of_all, work.micro_batches)]
     return [
         [make_batch(conversations, shape, seed=number, device=workers.device) for number, conversations in step]
         for step in steps
     ]
+
+
+def _share(step: Sequence[Numbered], workers: Workers) -> Sequence[Numbered]:
+    """What a training has this replica take."""
+    loads = [sum(map(count_answer_tokens, conversations)) for _, conversations in step]
+    takers = deal(loads, workers.num_replicas)
+    return list(compress(step, (taker == workers.replica for taker in takers)))
 
 
 def _drawn(work: Work, num_tokens: int) -> list[Conversation]:
