@@ -70,7 +70,9 @@ class PackedFile:
         text += b" " * (-len(text) % HEADER_ALIGNMENT)
         start = len(text).to_bytes(8, "little") + text
         self._data_begins = len(start)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        # What lies there already is overwritten in place: new memory takes longer to get than to fill.
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        os.ftruncate(self._file, len(start) + end)
         # The disk's blocks at once: rows are written faster into them, and a full disk is known before the work.
         os.posix_fallocate(self._file, 0, len(start) + end)
         os.pwrite(self._file, start, 0)
