@@ -133,7 +133,7 @@ class Checkpointer:
     def load(self, path: Path, *, key: str) -> TrainingState:
         """Where the checkpoint stands; draft and optimizers are set to what they were then.
 
-        Raises: ValueError if it is of another stage spec.
+        Raises: ValueError if it is of another stage spec, or no checkpoint of a draft.
         """
         state = load_state(path)
         if state.key != key:
@@ -141,11 +141,14 @@ class Checkpointer:
                 f"{path} was trained by another spec (key {state.key}, not {key}); "
                 f"name another --out or delete {path.parent}"
             )
+        # DCP will read it as a pickle, which could run anything.
+        with (path / ".metadata").open("rb") as file:
+            _MetadataUnpickler(file).load()
         # In place. What is no tensor of these, such as a learning rate, follows from the spec.
         tensors = self._sharding.state(self._optimizers)
         dcp.load(
             tensors,
-            storage_reader=_Reader(path),
+            storage_reader=dcp.FileSystemReader(path),
             planner=_TensorsOnly(),
             process_group=self._group,
             no_dist=self._group is None,
@@ -183,16 +186,6 @@ class _Writer(dcp.FileSystemWriter):
         size_gib = sum(path.stat().st_size for path in self._place.iterdir()) / 2**30
         logger.info("saved %s (%.2f GiB in %.1f s)", self._place, size_gib, time.monotonic() - self._started_at)
         _remove_old(self._place.parent)
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads a checkpoint. DCP's `.metadata` is a pickle, which could run anything: one that names more than DCP's own
-    records is not read."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            _MetadataUnpickler(file).load()
-        return super().read_metadata(*args, **kwargs)
 
 
 class _TensorsOnly(dcp.DefaultLoadPlanner):

@@ -76,7 +76,7 @@ def test_a_pickle_in_the_place_of_the_metadata_does_not_run(tmp_path: Path):
     trainee.save(state(1))
     path, mark = tmp_path / "checkpoints" / "step-00000001", tmp_path / "ran"
     plant(path / ".metadata", mark)
-    with pytest.raises(CheckpointException, match=r"a checkpoint's \.metadata names pathlib\.Path\."):
+    with pytest.raises(ValueError, match=r"a checkpoint's \.metadata names pathlib\.Path\."):
         trainee.checkpointer.load(path, key="mine")
     assert not mark.exists()
     # It would have.
