@@ -1,6 +1,6 @@
 """Work on other processes, alone or on several that can talk to each other.
 
-They are forked from one process that has imported what trainings need: imports take longer than the work.
+On CPUs they are forked from one process that has imported what trainings need: imports take longer than the work.
 """
 
 import multiprocessing
@@ -54,5 +54,7 @@ def on_processes(
     """What `work(rank)` returns in each of so many processes."""
     _context()
     arguments = (num_processes, backend, work, directory)
-    torch.multiprocessing.start_processes(_process, arguments, nprocs=num_processes, start_method=FORKED)
+    # Whatever touches CUDA must not be forked.
+    start_method = FORKED if backend == "gloo" else "spawn"
+    torch.multiprocessing.start_processes(_process, arguments, nprocs=num_processes, start_method=start_method)
     return [torch.load(directory / f"{rank}.pt") for rank in range(num_processes)]
