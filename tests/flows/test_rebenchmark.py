@@ -27,7 +27,7 @@ from specforge_core.manifest import Manifest, ManifestEntry
 from specforge_core.manifest_gates import GatesConfig
 from specforge_core.manifest_sections import BenchmarkConfig, DataConfig, PromptSource, SuiteConfig, TrainingConfig
 from specforge_core.resolve import resolve_target
-from tasks import tracking
+from tasks import stage, tracking
 from tasks.registry import DraftVersion, promote, register, registered
 from tasks.stage import EntryBuild
 from tests import made_build
@@ -205,6 +205,8 @@ def test_a_new_version_of_the_engine_renews_all_but_the_weights(
     monkeypatch.setenv("HF_ENDPOINT", hub_server.url)
     monkeypatch.setenv("HF_TOKEN", server.TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    # A build elsewhere on this host is not waited for.
+    monkeypatch.setattr(stage, "device_lock_dir", lambda: tmp_path / "devices")
     on_hub = tiny_entry() | {"publish": {"to": "hub", "repository": "specbundle/tiny"}}
     manifest, store = make_factory(tmp_path, on_hub), tmp_path / ".specbundle"
     repository = hub_server.storage.repositories
