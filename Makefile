@@ -36,7 +36,7 @@ test: setup  ## Run the tests, without those that take minutes, two files at a t
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup $(SPECULATORS)/.installed  ## Run the tests that take minutes: real servers, end to end.
-	$(BIN)/python -m pytest -m slow --durations=15
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --timeout 900 --durations=15
 	PYTHONPATH=$(SPECULATORS) $(BIN)/python -m pytest -m slow tests/export/test_speculators_package.py
 
 lint: setup  ## Check format, style and types.
