@@ -79,9 +79,11 @@ class SupervisedProcess:
         self._log, self._env, self._on_line, self._hold_fds = log, env, on_line, tuple(hold_fds)
         self.last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
         self._was_stopped = False
+        self._log_is_whole = True
 
     def __enter__(self) -> "SupervisedProcess":
         self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._log.touch()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "specforge_core.supervise", str(self.grace_s), *self.command],
             stdin=subprocess.PIPE,
@@ -111,13 +113,23 @@ class SupervisedProcess:
         _children.discard(self)
 
     def _read_output(self) -> None:
+        # An error in this thread would leave the child with a pipe that is full or closed.
         assert self._process.stdout is not None
-        with self._process.stdout as output, self._log.open("a", encoding="utf-8") as log:
+        with self._process.stdout as output:
             for line in output:
-                log.write(line)
-                log.flush()
                 self.last_lines.append(line.rstrip("\n"))
+                self._write_log(line)
                 self._hand_on(line.rstrip("\n"))
+
+    def _write_log(self, line: str) -> None:
+        try:
+            # Opened anew: what did not fit is not kept for the next line, which may be in time for room.
+            with self._log.open("a", encoding="utf-8") as log:
+                log.write(line)
+        except OSError as error:
+            if self._log_is_whole:
+                logger.error("%s misses lines of %s: %s", self._log, self.name, error)
+            self._log_is_whole = False
 
     def _hand_on(self, line: str) -> None:
         if self._on_line is None:
@@ -125,7 +137,6 @@ class SupervisedProcess:
         try:
             self._on_line(line)
         except Exception:
-            # A reader that died here would leave the child blocked on a full pipe.
             logger.exception("lines of %s go to %s alone from here on", self.name, self._log)
             self._on_line = None
 

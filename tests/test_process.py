@@ -241,3 +241,16 @@ def test_a_supervisor_needs_no_environment_of_its_starter(tmp_path: Path) -> Non
     with SupervisedProcess("child", command, log=tmp_path / "log", env=env, on_line=lines.append) as process:
         process.wait()
     assert lines == ["hello False"]
+
+
+def test_a_full_disk_costs_lines_of_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
+    lines: list[str] = []
+    # More than a pipe holds: of a reader that ended, the child would die.
+    command = python("for i in range(20_000): print('line', i)")
+    with SupervisedProcess("child", command, log=Path("/dev/full"), on_line=lines.append) as process:
+        process.wait(timeout_s=20)
+    assert len(lines) == 20_000
+    assert process.last_lines[-1] == "line 19999"
+    assert [record.getMessage() for record in caplog.records] == [
+        "/dev/full misses lines of child: [Errno 28] No space left on device"
+    ]
