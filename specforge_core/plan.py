@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from specforge_core.artifacts import RECORD_NAME, SPEC_NAME, Artifact, Store
+from specforge_core.cost.configs import ConfigReader
+from specforge_core.draft_limits import check_draft
 from specforge_core.engine import engine_on_host, engine_version
 from specforge_core.facts import Conversations, DraftCheckpoint, HiddenStates, ServingDraft, Vocabulary
 from specforge_core.gpus import Gpu, cpu_name
@@ -59,13 +61,18 @@ def make_recipe(
 
     Args: base_dir: folder that the manifest's relative paths start from; gpus: those of this host; environ: the
     environment, for where SGLang is.
-    Raises: ValueError for a target or data that do not exist, ConnectionError for a branch on a Hub out of reach.
+    Raises: ValueError for a target or data that do not exist, or a draft that the target does not allow;
+    ConnectionError for a branch on a Hub out of reach.
     """
     num_gpus = entry.resources.num_gpus
+    target = resolve_target(entry.target, base_dir, hash_cache=store / "digests")
+    # Where no config is to be had, no weights are either: the first stage says so.
+    if config := ConfigReader(base_dir).find(target):
+        check_draft(entry.draft, config.values)
     return Recipe(
         entry=entry,
         engine=engine_on_host(entry.engine, environ),
-        target=resolve_target(entry.target, base_dir, hash_cache=store / "digests"),
+        target=target,
         data=resolve_data(entry.data, base_dir),
         benchmark=resolve_benchmark(entry.benchmark, base_dir),
         hardware=f"{num_gpus} x {gpus[0].name}" if num_gpus and gpus else cpu_name(),

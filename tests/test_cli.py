@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -76,6 +77,29 @@ def test_plan_goes_on_after_an_entry_that_cannot_be_pinned(factory: Path, capsys
     printed = capsys.readouterr().out
     assert "no model folder" in printed
     assert "never built" in printed
+
+
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [
+        # tests/tiny.py: 259 tokens, 8 layers.
+        ({"draft_vocab_size": 260}, "draft_vocab_size=260 is more than the target's 259 tokens; lower it"),
+        (
+            {"aux_layers": [1, 3, 7]},
+            "EAGLE-3 reads the outputs of 3 ascending layers from 0 to 6 of a target of 8 layers, not [1, 3, 7]; "
+            "set draft.aux_layers",
+        ),
+    ],
+)
+def test_plan_knows_what_the_target_allows_its_draft(
+    factory: Path, capsys: pytest.CaptureFixture[str], draft: dict[str, Any], message: str
+) -> None:
+    entry = tiny_entry()
+    make_factory(factory, entry | {"draft": entry["draft"] | draft})
+    for command in (["plan"], ["plan", "--cost"]):
+        assert cli.main(command) == 2
+        captured = capsys.readouterr()
+        assert message in " ".join((captured.out + captured.err).replace("│", " ").split()), command
 
 
 def test_plan_without_a_hub_still_shows_what_a_new_entry_would_do(

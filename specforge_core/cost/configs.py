@@ -42,6 +42,19 @@ class ConfigReader:
 
     def read(self, target: TargetConfig) -> FoundConfig:
         """The target's config. Raises: ValueError if it is in no folder, not on the Hub and none of those that ship."""
+        found = self.find(target)
+        if found is None:
+            raise ValueError(
+                f"the Hub gives no config.json of {target.model} ({self._hub_error}), and its sizes are none of those "
+                "that ship; name a folder that has it"
+            )
+        return found
+
+    def find(self, target: TargetConfig) -> FoundConfig | None:
+        """The target's config; None if the Hub gives none and its sizes do not ship.
+
+        Raises: ValueError for a folder without one.
+        """
         if target.model in self._recorded:
             return FoundConfig(self._recorded[target.model], "sizes that were recorded with its build")
         folder = local_path(target.model, self._base_dir)
@@ -54,10 +67,7 @@ class ConfigReader:
             return found
         shipped = hub_facts()["configs"].get(target.model)
         if shipped is None:
-            raise ValueError(
-                f"the Hub gives no config.json of {target.model} ({self._hub_error}), and its sizes are none of those "
-                "that ship; name a folder that has it"
-            )
+            return None
         return FoundConfig(shipped, f"sizes that ship with this program, as the Hub gives none ({self._hub_error})")
 
     def _from_hub(self, target: TargetConfig) -> FoundConfig | None:

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from specforge_core.cost.target_model import BYTES, TargetModel
+from specforge_core.draft_limits import NUM_AUX_LAYERS, check_draft
 from specforge_core.manifest_sections import DraftConfig, FeatureDtype, TrainingConfig
 from specforge_core.training.bench.lengths import Conversation, Turn
 from specforge_core.training.bench.shapes import RowCounts, Shape
 
-NUM_AUX_LAYERS = 3
 MASTER_BYTES = 4
 MOMENT_BYTES = 4
 """Of each weight: AdamW keeps two moments, Muon one."""
@@ -24,7 +24,11 @@ FLOAT8_BYTES = 1
 
 
 def draft_shape(draft: DraftConfig, config: Mapping[str, Any], target: TargetModel) -> Shape:
-    """The draft's sizes: those of the manifest, or else the target's. Raises: ValueError for one that neither has."""
+    """The draft's sizes: those of the manifest, or else the target's.
+
+    Raises: ValueError for one that neither has, and for a draft that the target does not allow.
+    """
+    check_draft(draft, config)
     text = {**config, **config.get("text_config", {})}
     num_heads = draft.num_attention_heads or target.num_heads
     intermediate_size = draft.intermediate_size or text.get("intermediate_size")
@@ -39,7 +43,7 @@ def draft_shape(draft: DraftConfig, config: Mapping[str, Any], target: TargetMod
         num_kv_heads=draft.num_key_value_heads or text.get("num_key_value_heads") or num_heads,
         head_dim=draft.head_dim or text.get("head_dim") or target.width // num_heads,
         vocab_size=target.vocab_size,
-        draft_vocab_size=min(draft.draft_vocab_size, target.vocab_size),
+        draft_vocab_size=draft.draft_vocab_size,
     )
 
 

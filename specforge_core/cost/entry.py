@@ -13,6 +13,7 @@ from specforge_core.cost.hardware import find_hardware
 from specforge_core.cost.job import Job, make_job
 from specforge_core.cost.rates import load_rates
 from specforge_core.cost.target_model import target_model
+from specforge_core.draft_limits import check_draft
 from specforge_core.manifest import ManifestEntry
 
 
@@ -106,7 +107,9 @@ def assumptions(job: Job) -> tuple[str, ...]:
 
 
 def cpu_cost(entry: ManifestEntry, configs: ConfigReader, reports: Path) -> EntryCost:
-    """A build on a CPU takes what it was measured to take. Raises: ValueError if nothing was."""
+    """A build on a CPU takes what it was measured to take. Raises: ValueError if nothing was, or as `make_job`."""
+    found = configs.read(entry.target)
+    check_draft(entry.draft, found.values)
     path = reports / "factory" / f"{entry.name}.json"
     if not path.is_file():
         raise ValueError(
@@ -115,7 +118,6 @@ def cpu_cost(entry: ManifestEntry, configs: ConfigReader, reports: Path) -> Entr
         )
     measured = json.loads(path.read_text(encoding="utf-8"))
     last, environment = measured["fresh"][-1], measured["environment"]
-    found = configs.read(entry.target)
     model = target_model(found.values, entry.target)
     return EntryCost(
         entry=entry.name,

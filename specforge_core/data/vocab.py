@@ -12,6 +12,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
 from specforge_core.data.conversations import scan_columns
+from specforge_core.draft_limits import check_draft_vocab_size
 from specforge_core.facts import Vocabulary
 from specforge_core.stages import ResolvedTarget, VocabularySpec
 
@@ -56,10 +57,7 @@ def build_vocab_map(counts: npt.ArrayLike, *, draft_vocab_size: int) -> VocabMap
     Raises: ValueError if there are fewer target tokens than that.
     """
     counts = np.asarray(counts)
-    if draft_vocab_size > len(counts):
-        raise ValueError(
-            f"draft_vocab_size={draft_vocab_size} is more than the target's {len(counts)} tokens; lower it"
-        )
+    check_draft_vocab_size(draft_vocab_size, len(counts))
     most_frequent = np.argsort(-counts, kind="stable")[:draft_vocab_size]
     t2d = np.zeros(len(counts), dtype=np.bool_)
     t2d[most_frequent] = True

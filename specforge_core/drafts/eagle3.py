@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from specforge_core.draft_limits import NUM_AUX_LAYERS, eagle3_layers
 from specforge_core.drafts.base import DraftBatch, DraftLoss, DraftModel, TargetHead
 from specforge_core.drafts.eagle3_config import ARCHITECTURE, llama_config, make_serving_config
 from specforge_core.drafts.layers import Eagle3Layer, RMSNorm
@@ -19,7 +20,6 @@ from specforge_core.drafts.rows import RowIndex, index_rows
 from specforge_core.drafts.training_time_test import layer_outputs, training_time_test
 from specforge_core.manifest_sections import Eagle3Config
 
-NUM_AUX_LAYERS = 3
 # Measured on the demo target: fc as an average of its layers, the middle layer as a copy of the target's last one, or
 # noise scaled by the fan-in all reach a lower acceptance length than small noise does; so does a random head.
 INIT_STD = 0.02
@@ -92,15 +92,7 @@ class Eagle3Draft(DraftModel):
     @classmethod
     def capture_layers(cls, aux_layers: tuple[int, ...] | None, num_target_layers: int) -> tuple[int, ...]:
         """The layers given, or [1, N//2 - 1, N - 4] of N. Raises: ValueError if these are not three ascending ones."""
-        layers = aux_layers or (1, num_target_layers // 2 - 1, num_target_layers - 4)
-        # The server captures layer INPUTS, so the output of the last layer is out of its reach.
-        in_reach = all(0 <= layer < num_target_layers - 1 for layer in layers)
-        if len(layers) != NUM_AUX_LAYERS or list(layers) != sorted(set(layers)) or not in_reach:
-            raise ValueError(
-                f"EAGLE-3 reads the outputs of {NUM_AUX_LAYERS} ascending layers from 0 to {num_target_layers - 2} "
-                f"of a target of {num_target_layers} layers, not {list(layers)}; set draft.aux_layers"
-            )
-        return tuple(layers)
+        return eagle3_layers(aux_layers, num_target_layers)
 
     @classmethod
     def create(

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from specforge_core.artifacts import write_atomically
-from specforge_core.drafts.eagle3 import NUM_AUX_LAYERS, Eagle3Draft
+from specforge_core.draft_limits import NUM_AUX_LAYERS
+from specforge_core.drafts.eagle3 import Eagle3Draft
 from specforge_core.drafts.eagle3_reference import attend
 from specforge_core.export.speculators import DraftFiles, Verifier, from_speculators, to_speculators
 from specforge_core.export.verify import CONFIG_NAME, WEIGHTS_NAME, check_serving_folder

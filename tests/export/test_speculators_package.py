@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from specforge_core.drafts.eagle3 import NUM_AUX_LAYERS, Eagle3Draft
+from specforge_core.draft_limits import NUM_AUX_LAYERS
+from specforge_core.drafts.eagle3 import Eagle3Draft
 from specforge_core.export.run import draft_logits, main, read_folder
 from specforge_core.manifest_sections import Eagle3Config
 from specforge_core.stages import ExportSpec, ResolvedTarget

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from specforge_core.draft_limits import NUM_AUX_LAYERS
 from specforge_core.drafts.base import DraftBatch, TargetHead
-from specforge_core.drafts.eagle3 import NUM_AUX_LAYERS, Eagle3Draft
+from specforge_core.drafts.eagle3 import Eagle3Draft
 from specforge_core.drafts.rows import is_teaching, slot_depths
 from specforge_core.manifest_sections import Eagle3Config
 from specforge_core.training.bench.lengths import Conversation
