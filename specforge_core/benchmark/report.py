@@ -12,7 +12,6 @@ from specforge_core.benchmark.compare import Comparison, in_percent
 from specforge_core.benchmark.plots import write_plots
 from specforge_core.benchmark.sweep import LAUNCH_NOTE, launch_lines
 from specforge_core.benchmark.tables import (
-    SWEEP_LEGEND,
     comparison_rows,
     markdown_table,
     measured_on,
@@ -20,6 +19,7 @@ from specforge_core.benchmark.tables import (
     result_legend,
     result_rows,
     server_rows,
+    sweep_legend,
     sweep_rows,
     switch_off_advice,
 )
@@ -217,7 +217,7 @@ def _load_sections(result: BenchmarkResult, plots: Sequence[str]) -> list[str]:
         switch_off_advice(result.sweep),
         *_images(plots, "throughput"),
         markdown_table(sweep_rows(result.sweep)),
-        SWEEP_LEGEND,
+        sweep_legend(result.sweep),
     ]
 
 

@@ -32,8 +32,10 @@ class LoadAdvice(NamedTuple):
     """The best chain; None: no chain was shown to be faster than the target alone, so switch speculation off."""
     output_tokens_per_s: float
     """With the above; a median."""
+    baseline_output_tokens_per_s: float
+    """Of the target alone, in the rounds that took turns with the above; a median."""
     speedup: float
-    """Over the target alone at the same concurrency; 1 without a chain."""
+    """The one over the other; 1 without a chain."""
 
 
 def sweep_servings(sweep: SweepConfig) -> tuple[ServingConfig, ...]:
@@ -53,9 +55,9 @@ def best_per_load(points: Sequence[SweepPoint]) -> tuple[LoadAdvice, ...]:
         if faster:
             # The shorter of two chains that are equally fast.
             best = max(faster, key=lambda point: (output_speed(point), -point.serving.num_draft_tokens))
-            advice.append(LoadAdvice(concurrency, best.serving, output_speed(best), best.speedup))
+            advice.append(LoadAdvice(concurrency, best.serving, output_speed(best), baseline_speed(best), best.speedup))
         else:
-            advice.append(LoadAdvice(concurrency, None, speed_alone, 1.0))
+            advice.append(LoadAdvice(concurrency, None, speed_alone, speed_alone, 1.0))
     return tuple(advice)
 
 
@@ -82,12 +84,23 @@ def output_speed(point: SweepPoint) -> float:
     return median(point.output_tokens_per_s)
 
 
+def baseline_speed(point: SweepPoint) -> float:
+    """Output tokens/s of the target alone beside this chain: the median over the repeats."""
+    return median(point.baseline_output_tokens_per_s)
+
+
 def speeds_without_draft(points: Sequence[SweepPoint]) -> dict[int, float]:
     """The target's own output tokens/s by concurrency, ascending: medians over the repeats of all chains."""
-    speeds: dict[int, list[float]] = {}
+    return {concurrency: median(speeds) for concurrency, speeds in rounds_without_draft(points).items()}
+
+
+def rounds_without_draft(points: Sequence[SweepPoint]) -> dict[int, tuple[float, ...]]:
+    """The target's own output tokens/s in each round beside any chain, by concurrency, ascending."""
+    speeds: dict[int, tuple[float, ...]] = {}
     for point in sorted(points, key=lambda point: point.serving.concurrency):
-        speeds.setdefault(point.serving.concurrency, []).extend(point.baseline_output_tokens_per_s)
-    return {concurrency: median(values) for concurrency, values in speeds.items()}
+        concurrency = point.serving.concurrency
+        speeds[concurrency] = speeds.get(concurrency, ()) + point.baseline_output_tokens_per_s
+    return speeds
 
 
 def launch_line(

@@ -2,9 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from statistics import median
+from typing import NamedTuple
 
 from specforge_core.benchmark.compare import Comparison, in_percent
-from specforge_core.benchmark.sweep import best_per_load, output_speed, speeds_without_draft, switch_off_at
+from specforge_core.benchmark.sweep import (
+    baseline_speed,
+    best_per_load,
+    output_speed,
+    rounds_without_draft,
+    switch_off_at,
+)
 from specforge_core.facts import BenchmarkResult, Environment, Measurement, SweepPoint
 
 RESULT_LEGEND = (
@@ -21,9 +28,12 @@ COLUMN_LEGENDS = {
 }
 IMPOSSIBLE = "above the acceptance length, so measured wrongly"
 SWEEP_LEGEND = (
-    "Output tokens/s of all requests together (speedup over the target alone, acceptance length). Bold: the fastest of "
-    "those that the repeats show to beat the target alone."
+    "Output tokens/s of all requests together, medians of the rounds: with draft / of the target alone, in turns with "
+    "it = speedup (acceptance length). Without draft: median and range of the target alone, in the rounds of all chains. "
+    "Bold: the fastest of those that the rounds show to beat the target alone."
 )
+UNSTEADY = 1.25
+"""Where the fastest round is faster than the slowest by more than this factor, a sweep's legend says so."""
 
 
 def result_rows(result: BenchmarkResult) -> list[dict[str, str]]:
@@ -94,7 +104,7 @@ def comparison_rows(comparison: Comparison) -> list[dict[str, str]]:
 def sweep_rows(points: Sequence[SweepPoint]) -> list[dict[str, str]]:
     """One row per concurrency, one column per chain."""
     chains = list(dict.fromkeys(point.serving.chain() for point in points))
-    alone = speeds_without_draft(points)
+    alone = rounds_without_draft(points)
     rows = []
     for advice in best_per_load(points):
         here = {p.serving.chain(): p for p in points if p.serving.concurrency == advice.concurrency}
@@ -103,12 +113,28 @@ def sweep_rows(points: Sequence[SweepPoint]) -> list[dict[str, str]]:
         rows.append(
             {
                 "requests at once": str(advice.concurrency),
-                "without draft": f"{alone[advice.concurrency]:,.0f}",
+                "without draft": _median_and_range(alone[advice.concurrency]),
                 **cells,
                 "best": best or "no draft",
             }
         )
     return rows
+
+
+def sweep_legend(points: Sequence[SweepPoint]) -> str:
+    """What the cells of `sweep_rows` mean, and which rounds differ so much that a speedup is uncertain."""
+    of_target = []
+    for load, rates in rounds_without_draft(points).items():
+        here = next(point for point in points if point.serving.concurrency == load)
+        of_target.append(_rounds("the target alone", here, rates))
+    of_drafts = [_rounds(f"chain {point.serving.chain()}", point, point.output_tokens_per_s) for point in points]
+    named = [max(rounds) for rounds in (of_target, of_drafts) if rounds and max(rounds).ratio > UNSTEADY]
+    if not named:
+        return SWEEP_LEGEND
+    return (
+        f"{SWEEP_LEGEND} Rounds differ: {'; '.join(one.text for one in named)}. Speedups there are as uncertain; more "
+        "requests per slot (`benchmark.sweep.requests_per_slot`) make longer rounds."
+    )
 
 
 def switch_off_advice(points: Sequence[SweepPoint]) -> str:
@@ -187,9 +213,31 @@ def _speedup(measurement: Measurement) -> str:
     return f"{cell} **{IMPOSSIBLE}**" if measurement.speedup > measurement.acceptance_length else cell
 
 
+class _Rounds(NamedTuple):
+    """Rounds of one load, by how much they differ."""
+
+    ratio: float
+    text: str
+
+
+def _rounds(who: str, point: SweepPoint, rates: Sequence[float]) -> _Rounds:
+    num_rounds = len(point.output_tokens_per_s)
+    num_requests, num_tokens = point.num_requests // num_rounds, point.num_output_tokens / num_rounds
+    slow, fast = min(rates), max(rates)
+    return _Rounds(
+        fast / slow,
+        f"at {point.serving.concurrency} requests at once {who} made {slow:,.0f} to {fast:,.0f} tokens/s "
+        f"({len(rates)} rounds of {num_requests:,} requests, {num_tokens / fast:.1f} to {num_tokens / slow:.1f} s)",
+    )
+
+
+def _median_and_range(rates: Sequence[float]) -> str:
+    return f"{median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
+
+
 def _sweep_cell(point: SweepPoint, is_best: bool) -> str:
     speed = f"**{output_speed(point):,.0f}**" if is_best else f"{output_speed(point):,.0f}"
-    cell = f"{speed} ({point.speedup:.2f}x, {point.acceptance_length:.2f})"
+    cell = f"{speed} / {baseline_speed(point):,.0f} = {point.speedup:.2f}x ({point.acceptance_length:.2f})"
     return f"{cell} **{IMPOSSIBLE}**" if point.speedup > point.acceptance_length else cell
 
 

@@ -11,12 +11,12 @@ from specforge_core.benchmark.headline import headline
 from specforge_core.benchmark.report import EntryReport, Lineage, lineage_rows, making_rows
 from specforge_core.benchmark.sweep import LAUNCH_NOTE, launch_lines
 from specforge_core.benchmark.tables import (
-    SWEEP_LEGEND,
     markdown_table,
     measured_on,
     position_rows,
     result_legend,
     result_rows,
+    sweep_legend,
     sweep_rows,
     switch_off_advice,
     without_empty_columns,
@@ -81,7 +81,7 @@ def _measured(report: EntryReport) -> dict[str, Any]:
         "measured_on": measured_on(benchmark),
         "caveats": caveats(report),
         "sweep": markdown_table(sweep_rows(benchmark.sweep)),
-        "sweep_legend": SWEEP_LEGEND,
+        "sweep_legend": sweep_legend(benchmark.sweep),
         "switch_off_advice": switch_off_advice(benchmark.sweep) if benchmark.sweep else "",
         "has_trees": any(serving.topk > 1 for serving in _servings(benchmark)),
     }

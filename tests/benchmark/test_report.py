@@ -7,10 +7,12 @@ from pydantic import ValidationError
 
 from specforge_core.benchmark.report import EntryReport, load_report, make_report, report_markdown, write_report
 from specforge_core.benchmark.tables import (
+    SWEEP_LEGEND,
     markdown_table,
     position_rows,
     result_legend,
     result_rows,
+    sweep_legend,
     sweep_rows,
     switch_off_advice,
 )
@@ -86,16 +88,45 @@ def test_a_sweep_is_a_table_of_loads_and_chains() -> None:
     rows = sweep_rows(sweep())
     assert rows[0] == {
         "requests at once": "1",
-        "without draft": "155",
-        "2-1-3": "295 (1.90x, 2.70)",
-        "7-1-8": "**340** (2.19x, 3.50)",
-        "5-4-16": "311 (2.01x, 3.70)",
+        "without draft": "155 (154 to 157)",
+        "2-1-3": "295 / 155 = 1.90x (2.70)",
+        "7-1-8": "**340** / 155 = 2.19x (3.50)",
+        "5-4-16": "311 / 155 = 2.01x (3.70)",
         "best": "7-1-8",
     }
-    assert rows[2]["2-1-3"] == "2,200 (1.00x, 2.70)"
+    assert rows[2]["2-1-3"] == "2,200 / 2,200 = 1.00x (2.70)"
     assert [row["best"] for row in rows] == ["7-1-8", "2-1-3", "no draft", "no draft"]
     # A chain that was not measured at a load leaves its cell empty.
     assert sweep_rows(sweep()[:4])[1]["7-1-8"] == ""
+
+
+def test_every_factor_of_a_sweep_follows_from_the_rates_beside_it() -> None:
+    # Medians: 340 over 100 and 300 over 200, though all rounds without draft together have the median 150.
+    points = [
+        sweep_point(chain(7, 1, 8), (100.0, 100.0), (340.0, 340.0), num_output_tokens=3500),
+        sweep_point(chain(2, 1, 3), (200.0, 200.0), (300.0, 300.0)),
+    ]
+    (row,) = sweep_rows(points)
+    assert row["without draft"] == "150 (100 to 200)"
+    assert row["7-1-8"] == "**340** / 100 = 3.40x (3.50)"
+    assert row["2-1-3"] == "300 / 200 = 1.50x (2.70)"
+
+
+def test_rounds_of_a_sweep_that_differ_are_named() -> None:
+    assert sweep_legend(sweep()) == SWEEP_LEGEND
+    # 1,200 tokens in two rounds: 600 at 100/s and at 150/s.
+    points = [
+        sweep_point(chain(2, 1, 3, 4), (100.0, 150.0), (200.0, 200.0), num_output_tokens=1200),
+        sweep_point(chain(7, 1, 8, 4), (120.0, 120.0), (240.0, 240.0), num_output_tokens=1200),
+        sweep_point(chain(7, 1, 8, 8), (200.0, 200.0), (300.0, 600.0), num_output_tokens=1200),
+    ]
+    legend = sweep_legend(points)
+    assert (
+        "at 4 requests at once the target alone made 100 to 150 tokens/s (4 rounds of 6 requests, 4.0 to 6.0 s)"
+        in legend
+    )
+    assert "at 8 requests at once chain 7-1-8 made 300 to 600 tokens/s (2 rounds of 6 requests, 1.0 to 2.0 s)" in legend
+    assert "requests_per_slot" in legend
 
 
 def test_a_sweep_ends_with_where_to_switch_off() -> None:

@@ -28,12 +28,12 @@ def words(line: str) -> list[str]:
 def test_each_load_has_the_fastest_chain_or_none() -> None:
     assert best_per_load(sweep()) == (
         # Medians with draft 295, 340, 311; the long chain over 155: 2.19.
-        LoadAdvice(1, chain(7, 1, 8, 1), 340.0, 340 / 155),
+        LoadAdvice(1, chain(7, 1, 8, 1), 340.0, 155.0, 340 / 155),
         # 1470, 1300 and 1000, over 1130.
-        LoadAdvice(8, chain(2, 1, 3, 8), 1470.0, 1470 / 1130),
+        LoadAdvice(8, chain(2, 1, 3, 8), 1470.0, 1130.0, 1470 / 1130),
         # A tie: 2250/2200, 2200/2100 and 2200/2300 is faster twice and slower once. All 9 baselines: median 2200.
-        LoadAdvice(16, None, 2200.0, 1.0),
-        LoadAdvice(32, None, 4200.0, 1.0),
+        LoadAdvice(16, None, 2200.0, 2200.0, 1.0),
+        LoadAdvice(32, None, 4200.0, 4200.0, 1.0),
     )
 
 

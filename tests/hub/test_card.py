@@ -149,7 +149,7 @@ def test_a_sweep_gives_a_launch_line_for_each_load_and_says_where_to_switch_off(
     assert not [word for word in off if word.startswith("--speculative")]
     assert "At 16 to 32 requests at once, without draft:" in text
     assert "Switch speculation off from 16 requests at once" in text
-    assert "| 8 | 1,130 | **1,470** (1.30x, 2.70) |" in text
+    assert "| 8 | 1,130 (1,120 to 1,140) | **1,470** / 1,130 = 1.30x (2.70) |" in text
     assert "Only chains (top-k 1) were measured" not in text
 
 

@@ -82,7 +82,7 @@ def test_the_page_of_an_entry_shows_results_history_and_champion(made: MadeSite)
 def test_a_served_entry_says_what_to_start_at_which_load(made: MadeSite) -> None:
     text = words(made, "entries/llama.html")
     assert "Switch speculation off from 16 requests at once" in text
-    assert "1 7-1-8 340 2.19× 8 2-1-3 1,470 1.30× 16 no draft 2,200 1.00×" in text
+    assert "1 7-1-8 155 → 340 2.19× 8 2-1-3 1,130 → 1,470 1.30× 16 no draft 2,200 1.00×" in text
     assert "At 8 requests at once, chain 2-1-3 (1.30x)" in text
     assert "--speculative-num-steps 7" in text
     assert "2.55, 1.77× lmsys/SGLang-EAGLE3-Llama-3.1-8B-Instruct-SpecForge" in text
