@@ -29,7 +29,7 @@ COLUMN_LEGENDS = {
 IMPOSSIBLE = "above the acceptance length, so measured wrongly"
 SWEEP_LEGEND = (
     "Output tokens/s of all requests together, medians of the rounds: with draft / of the target alone, in turns with "
-    "it = speedup (acceptance length). Without draft: median and range of the target alone, in the rounds of all chains. "
+    "it = speedup (acceptance length). Without draft: median and range of the target alone, beside all chains. "
     "Bold: the fastest of those that the rounds show to beat the target alone."
 )
 UNSTEADY = 1.25
