@@ -6,6 +6,7 @@ is itself gone, in whatever way.
 
 import contextlib
 import logging
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,9 @@ logger = logging.getLogger(__name__)
 NUM_LAST_LINES = 40
 GRACE_S = 10.0
 POLL_S = 0.2
+SHELL_SIGNAL_BASE = 128
+SIGKILL_IN_WORDS = "SIGKILL; out of memory?"
+"""Nobody else kills so, but a person who knows it."""
 
 ending = threading.Event()
 """Set while this process ends all its children: nothing new may be started or waited for."""
@@ -30,9 +34,19 @@ _children: set["SupervisedProcess"] = set()
 class ProcessError(RuntimeError):
     """A child that failed, or was stopped, with the last lines that it printed."""
 
-    def __init__(self, name: str, status: int | None, last_lines: Sequence[str]) -> None:
+    def __init__(self, name: str, status: int, last_lines: Sequence[str], *, was_stopped: bool = False) -> None:
         self.name, self.status, self.last_lines = name, status, tuple(last_lines)
-        super().__init__(f"{name} ended with status {status}; its last lines:\n" + "\n".join(last_lines))
+        self.outcome = "was stopped" if was_stopped else _outcome(status)
+        """In words, to be put behind the name."""
+        super().__init__(f"{name} {self.outcome}; its last lines:\n" + "\n".join(last_lines))
+
+
+def _outcome(status: int) -> str:
+    # The supervisor tells a signal as shells do; subprocess tells the supervisor's own as a negative number.
+    number = -status if status < 0 else status - SHELL_SIGNAL_BASE
+    if number not in set(signal.Signals):
+        return f"ended with status {status}"
+    return f"was killed ({SIGKILL_IN_WORDS if number == signal.SIGKILL else signal.Signals(number).name})"
 
 
 @contextlib.contextmanager
@@ -161,7 +175,7 @@ class SupervisedProcess:
             raise TimeoutError(f"{self.name} still runs after {timeout_s:g} s") from None
         self._reader.join()
         if status != 0 or self._was_stopped:
-            raise ProcessError(self.name, status, self.last_lines)
+            raise ProcessError(self.name, status, self.last_lines, was_stopped=self._was_stopped)
 
     def wait_ready(self, is_ready: Callable[[], bool], timeout_s: float) -> None:
         """Return when `is_ready` says so. Raises: ProcessError if the child ends before, TimeoutError."""

@@ -3,11 +3,12 @@
 import functools
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
@@ -26,7 +27,7 @@ from specforge_core.manifest_publish import Destination
 from specforge_core.manifest_sections import Config
 from specforge_core.mirror import Mirror
 from specforge_core.plan import Recipe
-from specforge_core.process import ProcessError, SupervisedProcess, ending
+from specforge_core.process import SIGKILL_IN_WORDS, ProcessError, SupervisedProcess, ending
 from specforge_core.stages import USER_ERROR_STATUS, StageSpec
 from tasks.progress import progress_reader
 from tasks.tracking import TrackedRun
@@ -45,6 +46,10 @@ training spans so many nodes: it waits until the command that it logs runs on th
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
 """For processes that train together on one host; gloo would listen at the host's own address."""
 RETRY_DELAYS_S = [5.0, 30.0]
+TELLS_NOTHING = re.compile(
+    r"(\[rank\d+\]:)?([\s=^~-]*$|\s*Traceback |\s*File \"| {4}|\s*warnings\.warn|.*[Ww]arning: )"
+)
+"""Rulers, frames of a traceback and their code, warnings of what was left behind: lines that may follow an error's."""
 
 
 class EntryBuild(Config):
@@ -78,9 +83,15 @@ class StageError(RuntimeError):
 
     def __init__(self, stage: str, error: ProcessError, log: Path) -> None:
         self.stage, self.status, self.last_lines = stage, error.status, error.last_lines
-        # torchrun's report of the process that failed first ends with its exception, and a ruler below.
-        last = next((line.strip() for line in reversed(error.last_lines) if line.strip(" =")), "it printed nothing")
-        super().__init__(f"stage {stage} ended with status {error.status}: {last} (whole log: {log})")
+        super().__init__(f"stage {stage} {error.outcome}: {_telling_line(error.last_lines)} (whole log: {log})")
+
+
+def _telling_line(lines: Sequence[str]) -> str:
+    """The last line that says something by itself: of an error, its own."""
+    printed = [line for line in lines if line.strip()] or ["it printed nothing"]
+    telling = next((line for line in reversed(printed) if not TELLS_NOTHING.match(line)), printed[-1])
+    # As torchrun says that a process left no exception.
+    return telling.strip().removeprefix("traceback : ").replace("(SIGKILL)", f"({SIGKILL_IN_WORDS})")
 
 
 def run_logger() -> Logger:

@@ -68,9 +68,13 @@ def test_a_failure_carries_the_status_and_the_last_forty_lines(tmp_path: Path) -
     assert caught.value.last_lines == tuple(str(number) for number in range(60, 100))
 
 
-def test_a_signal_that_ends_a_child_is_told_as_shells_do(tmp_path: Path) -> None:
+def test_a_signal_that_ends_a_child_is_told_as_shells_do_and_in_words(tmp_path: Path) -> None:
     command = python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    with SupervisedProcess("child", command, log=tmp_path / "log") as process, pytest.raises(ProcessError) as caught:
+    killed = r"child was killed \(SIGKILL; out of memory\?\)"
+    with (
+        SupervisedProcess("child", command, log=tmp_path / "log") as process,
+        pytest.raises(ProcessError, match=killed) as caught,
+    ):
         process.wait()
     assert caught.value.status == 128 + signal.SIGKILL
 
@@ -100,7 +104,7 @@ def test_a_child_deaf_to_sigterm_is_killed_after_its_grace(tmp_path: Path) -> No
     ) as process:
         process.wait_ready(lambda: bool(lines), timeout_s=20)
         process.stop()
-        with pytest.raises(ProcessError) as caught:
+        with pytest.raises(ProcessError, match="child was stopped; its last lines:\ndeaf") as caught:
             process.wait()
     assert caught.value.status == 128 + signal.SIGKILL
     assert time.monotonic() - started_at < 20

@@ -230,3 +230,44 @@ def test_an_error_names_the_exception_that_torchrun_found_first() -> None:
     ]
     error = StageError("train", ProcessError("stage train", 1, report), Path("log"))
     assert str(error) == "stage train ended with status 1: ValueError: lower it (whole log: log)"
+
+
+def said(status: int, *lines: str) -> str:
+    """What a build says of a stage that ended so."""
+    return str(StageError("train", ProcessError("stage train", status, lines), Path("log")))
+
+
+def test_an_error_names_the_exception_and_not_what_is_printed_behind_it() -> None:
+    lines = [
+        "Traceback (most recent call last):",
+        '  File "main.py", line 1, in main',
+        "    raise final_result",
+        "OSError: [Errno 28] No space left on device",
+        "resource_tracker.py:254: UserWarning: resource_tracker: There appear to be 1 leaked semaphore objects",
+        "  warnings.warn('resource_tracker: There appear to be %d '",
+        "[rank0]:[W1122 process_group.cpp:1] Warning: WARNING: destroy_process_group() was not called",
+        "",
+    ]
+    assert said(1, *lines) == (
+        "stage train ended with status 1: OSError: [Errno 28] No space left on device (whole log: log)"
+    )
+    assert said(1, *(f"[rank1]: {line}" for line in lines)) == (
+        "stage train ended with status 1: [rank1]: OSError: [Errno 28] No space left on device (whole log: log)"
+    )
+    # A process that was killed while it told its error.
+    assert said(1, *lines[:3]) == "stage train ended with status 1: raise final_result (whole log: log)"
+    assert said(1) == "stage train ended with status 1: it printed nothing (whole log: log)"
+
+
+def test_a_killed_stage_is_told_from_one_that_failed() -> None:
+    # -9: its supervisor was; 137: it was itself, as its supervisor says.
+    for status in (-9, 137):
+        assert said(status, "train:  87%") == (
+            "stage train was killed (SIGKILL; out of memory?): train:  87% (whole log: log)"
+        )
+    assert said(128 + 15, "hi") == "stage train was killed (SIGTERM): hi (whole log: log)"
+    assert said(1, "  traceback : Signal 9 (SIGKILL) received by PID 7", "=" * 60) == (
+        "stage train ended with status 1: Signal 9 (SIGKILL; out of memory?) received by PID 7 (whole log: log)"
+    )
+    # No signal has that number.
+    assert said(255, "hi") == "stage train ended with status 255: hi (whole log: log)"
