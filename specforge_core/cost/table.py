@@ -4,12 +4,11 @@ import json
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from specforge_core.cost.estimate import EntryCost, StageCost
 from specforge_core.cost.hardware import GIB
 from specforge_core.cost.units import duration, quantity
+from specforge_core.terminal import Row, tables
 
 GB = 1e9
 COLUMNS = ("stage", "tokens", "on disk", "GPUs", "GPU hours", "wall time", "GiB per GPU", "limited by")
@@ -21,16 +20,21 @@ def print_costs(console: Console, costs: Sequence[EntryCost], source: str) -> No
     def say(line: str, style: str | None = None) -> None:
         console.print(line, style=style, soft_wrap=True, markup=False, highlight=False)
 
+    def show(rows: Sequence[Row], numbers: Sequence[str]) -> None:
+        for table in tables(rows, console.width, numbers=numbers, has_sum=True):
+            console.print(table)
+
     for cost in costs:
         say(entry_title(cost))
-        console.print(stage_table(cost))
+        show(stage_rows(cost), COLUMNS[1:-1])
         for assumption in cost.assumptions:
             say(f"  {assumption}", style="dim")
         for problem in cost.problems:
             say(f"  problem: {problem}", style="yellow")
         say("")
     if len(costs) > 1:
-        console.print(total_table(costs))
+        rows = total_rows(costs)
+        show(rows, list(rows[0])[2:])
     if costs:
         say(f"Rates are scaled from {source}")
 
@@ -53,34 +57,33 @@ def entry_title(cost: EntryCost) -> str:
     )
 
 
-def stage_table(cost: EntryCost) -> Table:
+def stage_rows(cost: EntryCost) -> list[dict[str, str]]:
     """One row a stage, and their sum."""
-    table = Table()
-    for number, column in enumerate(COLUMNS):
-        is_words = number in (0, len(COLUMNS) - 1)
-        table.add_column(column, justify="left" if is_words else "right")
-    for stage in cost.stages:
-        table.add_row(*map(Text, _cells(stage)))
-    table.add_section()
     total = ("all", "", f"{quantity(cost.disk_bytes)}B", "", f"{cost.gpu_hours:,.1f}", duration(cost.wall_s), "", "")
-    table.add_row(*map(Text, total))
-    return table
+    return [dict(zip(COLUMNS, cells, strict=True)) for cells in (*map(_cells, cost.stages), total)]
 
 
-def total_table(costs: Sequence[EntryCost]) -> Table:
+def total_rows(costs: Sequence[EntryCost]) -> list[dict[str, str]]:
     """One row an entry, and their sum."""
-    table = Table("entry", "on")
-    for column in ("target", "on disk", "GPU hours", "wall time", "problems"):
-        table.add_column(column, justify="right")
-    for cost in costs:
-        on = f"{cost.num_gpus} x {cost.hardware}" if cost.num_gpus else "CPU"
-        numbers = (f"{quantity(cost.weight_bytes)}B", f"{quantity(cost.disk_bytes)}B", f"{cost.gpu_hours:,.1f}")
-        problems = Text(str(len(cost.problems) or ""), style="red")
-        table.add_row(cost.entry, on, *numbers, duration(cost.wall_s), problems)
-    table.add_section()
-    sums = [sum(values) for values in zip(*((c.weight_bytes, c.disk_bytes, c.gpu_hours) for c in costs), strict=True)]
-    table.add_row("all", "", f"{quantity(sums[0])}B", f"{quantity(sums[1])}B", f"{sums[2]:,.1f}", "", "")
-    return table
+    rows = [
+        {
+            "entry": cost.entry,
+            "on": f"{cost.num_gpus} x {cost.hardware}" if cost.num_gpus else "CPU",
+            "target": f"{quantity(cost.weight_bytes)}B",
+            "on disk": f"{quantity(cost.disk_bytes)}B",
+            "GPU hours": f"{cost.gpu_hours:,.1f}",
+            "wall time": duration(cost.wall_s),
+            "problems": str(len(cost.problems) or ""),
+        }
+        for cost in costs
+    ]
+    sums = {
+        "entry": "all",
+        "target": f"{quantity(sum(cost.weight_bytes for cost in costs))}B",
+        "on disk": f"{quantity(sum(cost.disk_bytes for cost in costs))}B",
+        "GPU hours": f"{sum(cost.gpu_hours for cost in costs):,.1f}",
+    }
+    return [*rows, dict.fromkeys(rows[0], "") | sums]
 
 
 def _cells(stage: StageCost) -> tuple[str, ...]:
