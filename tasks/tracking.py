@@ -25,6 +25,7 @@ from specforge_core.curves import metric_points, whole_lines
 from specforge_core.facts import BenchmarkResult
 from specforge_core.manifest_sections import Config
 from tasks.comparison import QUERY, SHOWN, SHOWN_TAG, VIEW_TAG, comparison_view, result_curves, result_metrics
+from tasks.database import database_at
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,11 @@ def tracking_uri(store: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.absolute() / 'mlflow.db'}"
 
 
+def is_file(uri: str) -> bool:
+    """Whether what tracks is a database file of this host, and no server."""
+    return uri.startswith("sqlite:///")
+
+
 def server_command(uri: str, *, port: int = PORT) -> list[str]:
     """The command that shows a database of this host in a browser."""
     return ["mlflow", "server", "--backend-store-uri", uri, "--host", HOST, "--port", str(port), "--workers", "1"]
@@ -60,10 +66,12 @@ def server_command(uri: str, *, port: int = PORT) -> list[str]:
 
 @functools.lru_cache(maxsize=8)
 def mlflow_client(uri: str) -> MlflowClient:
+    """The client of a server or a database file. Raises: ValueError for a file that cannot be opened."""
     for name, value in CLIENT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri)
+    with database_at(uri) if is_file(uri) else contextlib.nullcontext():
+        return MlflowClient(tracking_uri=uri)
 
 
 @contextlib.contextmanager
@@ -235,8 +243,13 @@ def _arrange(client: MlflowClient, experiment: Experiment) -> None:
 
 
 def start_run(experiment: str, name: str, *, store: Path, tags: Mapping[str, str]) -> TrackedRun:
-    """A new run in that experiment, which is created if need be."""
+    """A new run in that experiment, which is created if need be.
+
+    Raises: ValueError for a database file that cannot be opened: unlike a server it will not be back tomorrow.
+    """
     uri = tracking_uri(store)
+    if is_file(uri):
+        mlflow_client(uri)
     with never_fails(uri):
         client = mlflow_client(uri)
         experiment_id = _experiment_id(client, experiment, store)
@@ -255,8 +268,7 @@ def _experiment_id(client: MlflowClient, name: str, store: Path) -> str:
         if found := client.get_experiment_by_name(name):
             return str(found.experiment_id)
         # A server decides for itself where its artifacts lie.
-        is_local = client.tracking_uri.startswith("sqlite:")
-        location = (store.absolute() / "mlflow" / name).as_uri() if is_local else None
+        location = (store.absolute() / "mlflow" / name).as_uri() if is_file(client.tracking_uri) else None
         return str(client.create_experiment(name, artifact_location=location))
 
 
