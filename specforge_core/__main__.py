@@ -1,13 +1,16 @@
 """`python -m specforge_core STAGE --spec spec.json --out DIR`: run one stage in this process, without Prefect."""
 
 import argparse
+import errno
 import importlib
 import logging
 import os
+import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from specforge_core.artifacts import RECORD_NAME, seal
@@ -56,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
     started_at = time.monotonic()
     try:
-        facts = stage_main(args.stage)(spec, args.out)
+        facts = stage_main(args.stage, args.out)(spec, args.out)
     except ValueError:
         traceback.print_exc()
         return USER_ERROR_STATUS
@@ -79,15 +82,32 @@ def no_files(out: Path) -> dict[str, str]:
     return {}
 
 
-def stage_main(stage: str) -> Callable[[StageSpec, Path], Record]:
+def stage_main(stage: str, out: Path) -> Callable[[StageSpec, Path], Record]:
     """The stage's `main`; under torchrun one that leaves its exception where torchrun looks for the first failure."""
-    function: Callable[[StageSpec, Path], Record] = importlib.import_module(MODULES[stage]).main
+    main_of_stage: Callable[[StageSpec, Path], Record] = importlib.import_module(MODULES[stage]).main
+    function = full_disk_refused(out)(main_of_stage)
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return function
     from torch.distributed.elastic.multiprocessing.errors import record
 
     # It says None for where it raises.
     return record(function)  # type: ignore[return-value]
+
+
+@contextmanager
+def full_disk_refused(out: Path) -> Iterator[None]:
+    """Raises: ValueError where anything found a disk full, because only a user can make room."""
+    try:
+        yield
+    # DCP's CheckpointException is no Exception, and the error of safetensors no OSError.
+    except BaseException as error:
+        said = [line for line in str(error).splitlines() if os.strerror(errno.ENOSPC) in line]
+        if not said:
+            raise
+        raise ValueError(
+            f"a disk is full: {said[-1].strip()}; {shutil.disk_usage(out).free / 2**20:,.0f} MiB are free where {out} "
+            "lies. Make room and start again, which goes on from here; or use another --store"
+        ) from error
 
 
 def hardware_name(device: str) -> str:
