@@ -1,6 +1,7 @@
 """The training benchmark on sizes that a CPU can take."""
 
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -227,6 +228,13 @@ def run_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 
 @pytest.mark.slow
+def test_a_host_without_cuda_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    with pytest.raises(SystemExit, match="there is no CUDA device here; --device cpu measures the processor"):
+        bench.main()
+
+
 def test_a_run_leaves_result_report_and_plot(
     tmp_path: Path, run_bench: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,8 @@ def main() -> int:
         write_results(result, arguments.plot.parent, arguments.plot.stem)
         plot_results(result, arguments.plot.with_suffix(".svg"))
         return 0
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device here; --device cpu measures the processor")
     settings = Settings(
         shapes=tuple(arguments.shapes),
         shares=tuple(arguments.shares),
