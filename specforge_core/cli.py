@@ -14,6 +14,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from specforge_core.arguments import port, positive_float, positive_int
 from specforge_core.artifacts import SPEC_NAME, Store
 from specforge_core.benchmark.headline import headline
 from specforge_core.engine import sglang_python, sglang_version
@@ -22,6 +23,7 @@ from specforge_core.gpus import list_gpus
 from specforge_core.ledger import EntryRecord, last_artifact, load_entry_record
 from specforge_core.manifest import Manifest, ManifestEntry
 from specforge_core.plan import STEPS, make_recipe, plan_entry, plan_unbuilt
+from specforge_core.process import ProcessError
 from specforge_core.selection import missing_gpus, named_entries, select_entries
 from specforge_core.stages import USER_ERROR_STATUS, RegenerateSpec
 from specforge_core.terminal import print_error, print_line, print_table, terminal
@@ -29,6 +31,7 @@ from specforge_core.terminal import print_error, print_line, print_table, termin
 INTERRUPTED_STATUS = 130
 REPORTS = Path(__file__).parents[1] / "reports"
 """Of the checkout that this program runs from."""
+COST_OPTIONS = ("hardware", "disk", "json", "reports", "tokens-per-conversation")
 PLAN_STYLES = {"fresh": "green", "stale": "yellow", "waits": "dim"}
 ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
@@ -56,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     try:
         status: int = args.command(args)
-    except (ValueError, ConnectionError) as error:
+    except (ValueError, OSError, ProcessError) as error:
         print_error(f"error: {error}")
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
@@ -99,8 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("pin", pin, "Replace each branch of a Hub repository in the manifest by its commit.")
     up_parser = add("up", up, "Start server, work pool, deployment, MLflow page and worker, until Ctrl-C.")
-    up_parser.add_argument("--prefect-port", type=int, default=4200)
-    up_parser.add_argument("--mlflow-port", type=int, default=5000)
+    up_parser.add_argument("--prefect-port", type=port, default=4200, help="default: %(default)s")
+    up_parser.add_argument("--mlflow-port", type=port, default=5000, help="default: %(default)s")
     return parser
 
 
@@ -122,11 +125,11 @@ def _add_cost_options(plan_parser: argparse.ArgumentParser) -> None:
     add = plan_parser.add_argument_group("cost", "from the targets' configs and measured rates alone").add_argument
     add("--cost", action="store_true", help="say instead what a build takes, by entry and stage, and what will not fit")
     add("--hardware", metavar="NAME", help="GPU to count for, such as h200; default: that of the measurements")
-    add("--disk", type=float, metavar="GB/s", help="of a host, read and written; default: as measured")
+    add("--disk", type=positive_float, metavar="GB/s", help="of a host, read and written; default: as measured")
     add("--json", action="store_true", help="print it for programs")
     add("--reports", type=Path, default=REPORTS, help="folder of the measured rates; default: %(default)s")
     add(
-        "--tokens-per-conversation", nargs=2, type=int, metavar=("PROMPT", "ANSWER"),
+        "--tokens-per-conversation", nargs=2, type=positive_int, metavar=("PROMPT", "ANSWER"),
         help="default: those in the store, or an assumption that is printed",
     )  # fmt: skip
 
@@ -193,6 +196,10 @@ def plan(args: argparse.Namespace) -> int:
         from specforge_core.cost.command import plan_cost
 
         return plan_cost(args, _store(args), terminal())
+    if given := [
+        f"--{name}" for name in COST_OPTIONS if getattr(args, name.replace("-", "_")) not in (None, False, REPORTS)
+    ]:
+        raise ValueError(f"only the cost depends on {', '.join(given)}; add --cost")
     manifest, store, gpus = Manifest.load(args.manifest), _store(args), _gpus()
     entries, status = named_entries(manifest, args.only) if args.only else manifest.entries, 0
     if any(entry.engine.name == "sglang" for entry in entries):
@@ -366,14 +373,27 @@ def pin(args: argparse.Namespace) -> int:
 
 def up(args: argparse.Namespace) -> int:
     """Run until Ctrl-C."""
+    Manifest.load(args.manifest)
+    store = _store(args).root
+    if args.prefect_port == args.mlflow_port:
+        raise ValueError(f"--prefect-port and --mlflow-port are both {args.mlflow_port}; choose two ports")
     from flows.up import run_services
 
-    store = _store(args)
-    return run_services(store.root, prefect_port=args.prefect_port, mlflow_port=args.mlflow_port)
+    # Without --store that of a run is beside its manifest, whichever it is given.
+    parameters = {"manifest": args.manifest.absolute()} | ({"store": store} if args.store else {})
+    return run_services(
+        store,
+        {name: str(path) for name, path in parameters.items()},
+        prefect_port=args.prefect_port,
+        mlflow_port=args.mlflow_port,
+    )
 
 
 def _store(args: argparse.Namespace) -> Store:
-    return Store(args.store or args.manifest.absolute().parent / ".specbundle")
+    root = args.store or args.manifest.absolute().parent / ".specbundle"
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"the store {root} is a file; name a folder with --store")
+    return Store(root)
 
 
 def _gpus() -> tuple[Any, ...]:

@@ -159,12 +159,13 @@ def _check_safetensors(where: str, names: Sequence[str]) -> None:
 def _remembered_sha256(files: Sequence[Path], hash_cache: Path | None) -> list[str]:
     if hash_cache is None:
         return files_sha256(files, desc="reading the target")
-    hash_cache.mkdir(parents=True, exist_ok=True)
     memos: dict[Path, Path] = {}
     for file in files:
         stat = file.stat()
         if stat.st_size >= LARGE_FILE_BYTES:
             memos[file] = hash_cache / digest([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+    if memos:
+        hash_cache.mkdir(parents=True, exist_ok=True)
     known = {file: memo.read_text(encoding="ascii") for file, memo in memos.items() if memo.is_file()}
     unknown = [file for file in files if file not in known]
     known.update(zip(unknown, files_sha256(unknown, desc="reading the target"), strict=True))

@@ -169,11 +169,17 @@ def test_report_prints_the_last_measurements_and_writes_the_site(
         (["build", "--only", "tinny"], "the manifest has no entry 'tinny'; did you mean tiny?"),
         (["build", "--no-publish", "--dry-run"], "a dry run says what publishing would change: leave out --dry-run"),
         (["plan", "--only", "tinny"], "the manifest has no entry 'tinny'; did you mean tiny?"),
+        (["plan", "--json", "--disk", "2"], "only the cost depends on --disk, --json; add --cost"),
+        (["plan", "--reports", "elsewhere"], "only the cost depends on --reports; add --cost"),
         (["show", "tinny"], "the manifest has no entry 'tinny'; did you mean tiny?"),
         (["show", "conversation", "--entry", "tiny"], "tiny has no conversations yet; `specbundle build --only tiny`"),
         (["report", "tiny"], "no report of tiny in"),
         (["report"], "no report of any entry in"),
         (["--manifest", "gone.yaml", "list"], "gone.yaml"),
+        (["--manifest", "gone.yaml", "up"], "gone.yaml"),
+        (["--store", "train.jsonl", "plan"], "the store train.jsonl is a file; name a folder with --store"),
+        (["--store", "train.jsonl/in", "build"], "[Errno 20] Not a directory"),
+        (["up", "--prefect-port", "8000", "--mlflow-port", "8000"], "are both 8000; choose two ports"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_message_and_status_2(
@@ -183,6 +189,27 @@ def test_what_a_user_gets_wrong_is_one_message_and_status_2(
     captured = capsys.readouterr()
     assert message in captured.err
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["up", "--prefect-port", "99999"], "--prefect-port: 99999 is no port; choose one from 1 to 65535"),
+        (["up", "--mlflow-port", "0"], "--mlflow-port: 0 is no port; choose one from 1 to 65535"),
+        (["plan", "--cost", "--tokens-per-conversation", "0", "0"], "0 is no whole number from 1 on"),
+        (["plan", "--cost", "--disk", "0"], "--disk: 0 is no number above 0"),
+        (["plan", "--cost", "--disk", "-1"], "--disk: -1 is no number above 0"),
+        (["plan", "--cost", "--disk", "nan"], "--disk: nan is no number above 0"),
+        (["plan", "--cost", "--disk", "fast"], "--disk: fast is no number above 0"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_the_range(
+    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(argv)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_host_that_can_build_nothing_says_what_is_missing(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:

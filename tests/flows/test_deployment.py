@@ -75,10 +75,11 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     env = {**os.environ, "PREFECT_HOME": str(home / "prefect"), "TMPDIR": str(home), "OMP_NUM_THREADS": "2"}
     env["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
     ports = ["--prefect-port", str(port), "--mlflow-port", str(free_port())]
-    command = [sys.executable, "-m", "specforge_core.cli", "--store", str(home / "store"), "up", *ports]
+    command = [sys.executable, "-m", "specforge_core.cli", "--manifest", str(make_factory(home)), "up", *ports]
     log = home / "up.log"
     with log.open("w") as output:
-        started = subprocess.Popen(command, env=env, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
+        # Not in the repository, whose prefect.yaml it takes all the same.
+        started = subprocess.Popen(command, env=env, cwd=home, stdout=output, stderr=subprocess.STDOUT)
     process = psutil.Process(started.pid)
     try:
         wait_until(lambda: re.search(r"Worker .* started", log.read_text()) or started.poll() is not None, 240)
@@ -108,6 +109,13 @@ def test_a_deployment_run_builds_and_publishes(tmp_path: Path, services: Service
     assert again.returncode == 0, again.stdout + services.log.read_text()
     # The same engine on the same processor: nothing to renew.
     assert published.resolve() == before
+
+
+def test_a_deployment_run_that_is_given_nothing_builds_the_manifest_of_up(services: Services) -> None:
+    for deployment in ("specbundle/build", "rebenchmark/run"):
+        shown = services.prefect("deployment", "inspect", deployment, "--output", "json")
+        parameters = json.loads(shown.stdout)["parameters"]
+        assert parameters == {"manifest": str(services.log.parent / "bundle_manifest.yaml")}
 
 
 def test_everything_that_is_started_listens_on_loopback_alone(services: Services) -> None:

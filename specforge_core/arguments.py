@@ -1,0 +1,31 @@
+"""Types of command-line options, which refuse what is out of range as argparse reads it. Torch-free."""
+
+import argparse
+import math
+
+MAX_PORT = 65_535
+
+
+def port(text: str) -> int:
+    """A TCP port."""
+    if not text.isdecimal() or not 0 < int(text) <= MAX_PORT:
+        raise argparse.ArgumentTypeError(f"{text} is no port; choose one from 1 to {MAX_PORT}")
+    return int(text)
+
+
+def positive_int(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return number

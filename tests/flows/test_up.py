@@ -1,0 +1,70 @@
+"""What `specbundle up` says before it starts anything, and of what it starts. The real thing: test_deployment.py."""
+
+import os
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from flows import up
+from specforge_core import cli
+from specforge_core.process import ProcessError
+from tests.factory import make_factory
+
+
+@pytest.fixture
+def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    # A command sets what its environment lacks; here that must not outlive the test.
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return make_factory(tmp_path)
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    """Of a server that has no page."""
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        Thread(target=server.serve_forever).start()
+        yield server.server_port
+        server.shutdown()
+
+
+@pytest.mark.parametrize("option", ["--prefect-port", "--mlflow-port"])
+def test_a_port_that_something_else_uses_is_refused_before_anything_starts(
+    manifest: Path, taken_port: int, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["--manifest", str(manifest), "up", option, str(taken_port)]) == 2
+    printed = capsys.readouterr()
+    assert f"port {taken_port} of 127.0.0.1: Address already in use; choose another with {option}" in printed.err
+    assert "starting" not in printed.out
+
+
+def test_deployments_are_given_the_manifest_and_the_store_of_the_command(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def run_services(store: Path, parameters: dict[str, str], **ports: Any) -> int:
+        given.append((store, parameters))
+        return 0
+
+    monkeypatch.setattr(up, "run_services", run_services)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["up"]) == 0
+    assert cli.main(["--manifest", manifest.name, "--store", "here", "up"]) == 0
+    assert given == [
+        (tmp_path / ".specbundle", {"manifest": str(manifest)}),
+        (tmp_path / "here", {"manifest": str(manifest), "store": str(tmp_path / "here")}),
+    ]
+
+
+def test_a_command_of_prefect_that_fails_is_raised_with_what_it_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        ProcessError, match=r"prefect deploy --nonsense ended with status [12]; its last(.|\n)*nonsense"
+    ):
+        up.run_prefect(["deploy", "--nonsense"], os.environ | {"PREFECT_HOME": str(tmp_path)})
