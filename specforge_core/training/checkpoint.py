@@ -154,7 +154,6 @@ class Checkpointer:
             no_dist=self._group is None,
         )
         self._sharding.gather_parameters()
-        logger.info("going on from %s", path)
         return state
 
     def _agreed(self, path: Path | None) -> Path | None:

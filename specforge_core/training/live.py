@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch.distributed as dist
 
@@ -80,7 +80,8 @@ def live_features(spec: TrainSpec, out: Path, workers: Workers) -> Iterator["Liv
             # It is handed on, not read: what the trainer inherited is for the target's libraries as well.
             stack.enter_context(Producer(spec, spool, out, producer_environment(os.environ, gpus)))
 
-        yield LiveFeatures(sizes, HeldOut(stored, spec.training.eval_fraction), spool, workers, start_producer)
+        held_out = HeldOut(stored, spec.training.eval_fraction)
+        yield LiveFeatures(sizes, held_out, spool, workers, start_producer, serve_gpus=spec.live.serve_gpus)
 
 
 def _of_first(folder: Path | None, workers: Workers) -> Path:
@@ -111,9 +112,11 @@ class LiveFeatures(DocumentSet):
         spool: Path,
         workers: Workers,
         start_producer: Callable[[], None],
+        *,
+        serve_gpus: int,
     ) -> None:
         """Args: sizes: tokens and teaching tokens by document, cut already; start_producer: called by the first
-        process, once it is said what is wanted.
+        process, once it is said what is wanted; serve_gpus: that the producer has.
         """
         lengths, num_teaching = zip(*sizes.values(), strict=True)
         super().__init__(list(sizes), lengths, num_teaching, max_document_tokens=None)
@@ -122,7 +125,7 @@ class LiveFeatures(DocumentSet):
         self._spool, self._workers, self._start_producer = spool, workers, start_producer
         self._reader: SpoolReader | None = None
         self._place_by_id = {document_id: i for i, document_id in enumerate(held_out.features.document_ids)}
-        self._slower = ""
+        self._serve_gpus, self._slower = serve_gpus, ""
         self._production = Production(0, 0.0, 0.0)
         self._restart()
 
@@ -222,17 +225,28 @@ class LiveFeatures(DocumentSet):
             yield batch
 
     def _say_who_is_slower(self, metrics: Mapping[str, float]) -> None:
-        slower = ""
-        if metrics["live/trainer_wait_share"] > NOTABLE_SHARE:
-            slower = "the target, so more of the GPUs should serve"
-        elif metrics["live/producer_wait_share"] > NOTABLE_SHARE:
-            slower = "the training, so fewer of the GPUs should serve"
-        if slower not in ("", self._slower):
+        slower = slower_side(metrics)
+        if slower and slower != self._slower:
+            advice = {"target": "more", "training": "fewer"}[slower]
             logger.info(
-                "the target makes %.0f tokens/s, the training takes %.0f: the slower is %s",
+                "the target makes %.0f tokens/s, the training takes %.0f: the slower is the %s%s",
                 metrics["live/produced_tokens_per_s"], metrics["live/consumed_tokens_per_s"], slower,
+                f", so {advice} of the GPUs should serve" if self._serve_gpus else "",
             )  # fmt: skip
             self._slower = slower
+
+
+def slower_side(metrics: Mapping[str, float]) -> Literal["", "target", "training"]:
+    """For whom the other one waits, by its rate as well; the empty text if neither is the slower by both.
+
+    A wait alone proves little: the first one is for the start, and on shared cores each side holds up the other.
+    """
+    produced, consumed = metrics["live/produced_tokens_per_s"], metrics["live/consumed_tokens_per_s"]
+    if metrics["live/trainer_wait_share"] > NOTABLE_SHARE and produced < consumed:
+        return "target"
+    if metrics["live/producer_wait_share"] > NOTABLE_SHARE and consumed < produced:
+        return "training"
+    return ""
 
 
 class Producer:

@@ -155,6 +155,7 @@ def train(run: Run, out: Path, key: str) -> tuple[TrainingState, Evaluation]:
     with Checkpointer(out / PROGRESS_DIRECTORY / "checkpoints", sharding, optimizers, run.workers) as checkpointer:
         state = TrainingState(key=key, step=0, tokens_seen=0)
         if newest := checkpointer.newest():
+            logger.info("going on from %s", newest)
             state = checkpointer.load(newest, key=key)
         if run.workers.is_first:
             drop_metrics_after(out / METRICS_NAME, state.step)
@@ -162,6 +163,7 @@ def train(run: Run, out: Path, key: str) -> tuple[TrainingState, Evaluation]:
         best = checkpointer.best()
         assert best is not None, "the last step ends with an evaluation and a checkpoint"
         if load_state(best) != state:
+            logger.info("the draft is the best one that was evaluated, not the last: %s", best)
             state, evaluation = checkpointer.load(best, key=key), None
     # None there also behind an interruption after the last step.
     return state, evaluation or evaluate(

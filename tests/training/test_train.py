@@ -1,6 +1,8 @@
 """The training stage as a whole: it learns, survives a kill, and is the same on two processes."""
 
 import json
+import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -68,14 +70,20 @@ def test_the_draft_learns_and_its_facts_are_those_of_the_last_evaluation(undistu
     assert len(facts.eval_acceptance) == 3
 
 
-def test_the_draft_that_leaves_the_stage_is_the_one_of_the_best_evaluation(inputs: Path, tmp_path: Path):
+def test_the_draft_that_leaves_the_stage_is_the_one_of_the_best_evaluation(
+    inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     # The learning rate rises nearly to the end, far beyond what throws the draft back from what it has learnt.
     spec = make_spec(inputs, learning_rate=0.5, warmup_fraction=0.9, evals_per_run=4)
-    facts = run(spec, tmp_path / "out")
+    with caplog.at_level(logging.INFO):
+        facts = run(spec, tmp_path / "out")
     evaluations = [line for line in metrics(tmp_path / "out") if "eval/loss" in line]
     best = max(evaluations, key=lambda line: line["eval/acceptance_length"])
     assert best["step"] < evaluations[-1]["step"], "the last is the best, so nothing is shown"
     assert facts.step == best["step"]
+    # Nothing goes on from there.
+    assert re.search(rf"the draft is the best one .*/step-{best['step']:08d}$", caplog.text, re.MULTILINE)
+    assert "going on" not in caplog.text
     assert (facts.eval_acceptance_length, facts.eval_loss) == (best["eval/acceptance_length"], best["eval/loss"])
     assert facts.tokens_seen < 0.9 * tokens_of_an_epoch(spec)
 
