@@ -79,6 +79,11 @@ class Artifact(Record, Generic[FactsT]):
         """The artifact's directory."""
         return self._path
 
+    @property
+    def sha256_by_name(self) -> dict[str, str]:
+        """Of each file, when it was sealed."""
+        return {name: file.sha256 for name, file in self.files.items()}
+
 
 class BuildArtifacts(NamedTuple):
     """What the stages of one build left, in their order."""

@@ -43,12 +43,14 @@ def publish(build: EntryBuild, artifacts: BuildArtifacts) -> Published | Withhel
     entry, target = build.recipe.entry, build.recipe.target
     root = build.store / (DRY_RUN if build.dry_run else entry.publish.directory)
     report = make_report(entry, target, artifacts, failures=())
-    published = publish_directory(root, entry.name, repository_files(report, artifacts, target))
+    files = repository_files(report, artifacts, target)
+    published = publish_directory(root, entry.name, files, recorded=artifacts.draft.sha256_by_name)
     contents = [(published.path, collection_note(report))]
     if entry.publish.dataset:
         files = dataset_files(entry, build.recipe.data, target, artifacts.conversations)
         note = f"{report.conversations.num_conversations:,} conversations, answered by {entry.target.model}"
-        contents.insert(0, (publish_directory(root / DATASETS, entry.name, files).path, note))
+        recorded = artifacts.conversations.sha256_by_name
+        contents.insert(0, (publish_directory(root / DATASETS, entry.name, files, recorded=recorded).path, note))
     hub = open_hub() if build.publish_to == "hub" else None
     parts = [Part(one, *content) for one, content in zip(repositories(entry), contents, strict=True)] if hub else []
     if build.dry_run:

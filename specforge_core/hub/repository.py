@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
@@ -72,14 +73,21 @@ def license_files(target: ResolvedTarget) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def publish_directory(root: Path, name: str, files: Mapping[str, Path | bytes]) -> Published:
+def publish_directory(
+    root: Path,
+    name: str,
+    files: Mapping[str, Path | bytes],
+    *,
+    recorded: Mapping[str, str] = MappingProxyType({}),
+) -> Published:
     """The folder `<root>/<name>`, which afterwards holds exactly these files.
 
     If it holds them already, nothing is written and `changed` is False.
 
-    Args: files: by name within the folder, `/` between its parts: where the file lies now, or its content.
-    Raises: ValueError for a name that would leave its folder, or if something else than a published folder is in the
-    way; FileNotFoundError for a file that does not exist.
+    Args: files: by name within the folder, `/` between its parts: where the file lies now, or its content; recorded:
+    the sha256 that files had when they were made, by the same names.
+    Raises: ValueError for a name that would leave its folder, for a file that changed since it was made, or if
+    something else than a published folder is in the way; FileNotFoundError for a file that does not exist.
     """
     if not re.fullmatch(NAME_PATTERN, name):
         raise ValueError(f"{name!r} cannot name a published folder; it must match {NAME_PATTERN}")
@@ -89,6 +97,13 @@ def publish_directory(root: Path, name: str, files: Mapping[str, Path | bytes]) 
     if link.exists() and not link.is_symlink():
         raise ValueError(f"{link} is not a published folder, which would be a link into {VERSIONS}; move it away")
     wanted = {file_name: _content_sha256(content) for file_name, content in files.items()}
+    for file_name, content in files.items():
+        sha256 = wanted[file_name]
+        if isinstance(content, Path) and sha256 != recorded.get(file_name, sha256):
+            raise ValueError(
+                f"{content} has changed since it was made: its sha256 is {sha256} and was {recorded[file_name]}; "
+                "remove it and build again, which makes it again"
+            )
     content_id = digest(wanted)
     versions = root / VERSIONS / name
     versions.mkdir(parents=True, exist_ok=True)

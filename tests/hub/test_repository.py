@@ -67,6 +67,26 @@ def test_a_damaged_folder_is_published_again(tmp_path: Path) -> None:
     assert content(tmp_path / "demo") == NEW
 
 
+def test_a_file_with_other_bytes_than_were_recorded_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    root, weights, config = tmp_path / "published", tmp_path / "weights", tmp_path / "config"
+    publish_directory(root, "demo", OLD)
+    before = snapshot(root)
+    weights.write_bytes(b"new weights")
+    config.write_bytes(b"{}")
+    # By sha256sum.
+    recorded = {
+        "model.safetensors": "75f585ae1855ec1d1ba5e4fc9861e07fbdba3919a965042b2ba78b6fc3e9a18f",
+        "config.json": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+    }
+    files: dict[str, Path | bytes] = {"model.safetensors": weights, "config.json": config}
+    weights.write_bytes(b"new weightt")
+    with pytest.raises(ValueError, match=rf"^{weights} has changed since .*; remove it and build again"):
+        publish_directory(root, "demo", files, recorded=recorded)
+    assert snapshot(root) == before
+    weights.write_bytes(b"new weights")
+    assert publish_directory(root, "demo", files, recorded=recorded).changed
+
+
 KILLED_PUBLISHING = """
 import os, signal, sys
 from pathlib import Path

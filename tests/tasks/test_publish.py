@@ -18,7 +18,7 @@ from specforge_core.manifest_publish import PublishConfig
 from specforge_core.plan import Recipe
 from specforge_core.stages import ResolvedBenchmark, ResolvedData, ResolvedSource, ResolvedSuite, ServedEngine
 from tasks import publish as publish_module
-from tasks.publish import check_destination, publish
+from tasks.publish import DATASETS, check_destination, publish
 from tasks.stage import EntryBuild
 from tasks.tracking import TrackedRun
 from tests import made_build
@@ -93,6 +93,22 @@ def with_conversations(artifacts: BuildArtifacts) -> BuildArtifacts:
     write_conversations(old.path, [CONVERSATION])
     sealed = seal(old.path, old.facts, stage="regenerate", key=old.key, inputs={}, elapsed_s=1.0, hardware=None)
     return artifacts._replace(conversations=sealed)
+
+
+@pytest.mark.parametrize("publish_to", ["directory", "hub"])
+@pytest.mark.parametrize("damaged", ["draft", "conversations"])
+def test_a_file_that_changed_since_it_was_made_is_not_published(
+    on_hub: EntryBuild, with_conversations: BuildArtifacts, hub_server: server.Hub, damaged: str, publish_to: str
+) -> None:
+    artifact = getattr(with_conversations, damaged)
+    path = artifact.path / {"draft": "model.safetensors", "conversations": "conversations-00000.parquet"}[damaged]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path} .* since .*; remove .* and build again"):
+        publish.fn(on_hub.model_copy(update={"publish_to": publish_to}), with_conversations)
+    assert hub_server.storage.repositories == {}
+    assert not (on_hub.store / "published" / {"draft": "demo", "conversations": DATASETS}[damaged]).exists()
 
 
 def test_the_hub_gets_what_the_folder_has(
