@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,14 +10,17 @@ from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PretrainedConfig
 
+from specforge_core.artifacts import PARTIAL_SUFFIX
 from specforge_core.benchmark.server import Server, gpu_groups, server_info
 from specforge_core.benchmark.server_flags import target_options
 from specforge_core.benchmark.stage_servers import stage_servers
+from specforge_core.cost.draft_model import feature_bytes
+from specforge_core.cost.units import quantity
 from specforge_core.data.conversations import scan_columns
 from specforge_core.data.loader import is_held_out
 from specforge_core.data.shards import (
@@ -43,15 +47,24 @@ logger = logging.getLogger(__name__)
 
 MAX_UNFINISHED = 2
 """Shards on their way to the disk while the next one is filled."""
-
+BLOCK_BYTES = 512
+"""Of `st_blocks`."""
 
 FeaturesOf = Callable[[Sequence[Document]], Iterable[TargetFeatures]]
 """Of the documents of one shard, which come in order."""
 
 
+class DocumentSize(NamedTuple):
+    """What decides how much is stored of a document."""
+
+    num_tokens: int
+    num_teaching: int
+
+
 def main(spec: CaptureSpec, out: Path) -> HiddenStates:
     """Capture the conversations into `out`; finished shards of an interrupted run are kept."""
-    lengths = document_lengths(spec.conversations, spec.max_document_tokens, spec.held_out_fraction)
+    sizes = document_sizes(spec.conversations, spec.max_document_tokens, spec.held_out_fraction)
+    lengths = [size.num_tokens for size in sizes]
     is_served = spec.engine.name == "sglang"
     target = TargetFiles(spec.target) if is_served else HFTarget(spec.target, device=spec.device)
     layers = ALGORITHMS[spec.algorithm].capture_layers(spec.aux_layers, target.num_layers)
@@ -63,6 +76,8 @@ def main(spec: CaptureSpec, out: Path) -> HiddenStates:
     if num_finished:
         logger.info("going on behind %d finished shards", num_finished)
     todo = plan_shards(lengths, spec.features.tokens_per_shard)[num_finished:]
+    if todo:
+        refuse_full_disk(spec, target.config.hidden_size, sizes[todo[0].start :], out)
     with ExitStack() as stack:
         features_of: FeaturesOf
         if isinstance(target, HFTarget):
@@ -101,6 +116,27 @@ def main(spec: CaptureSpec, out: Path) -> HiddenStates:
 def known_sha256(out: Path) -> dict[str, str]:
     """Of the shards, by name. Raises: ValueError if one is gone or has another size."""
     return {shard.name: shard.sha256 for shard in load_index(out).shards}
+
+
+def refuse_full_disk(spec: CaptureSpec, width: int, sizes: Sequence[DocumentSize], out: Path) -> None:
+    """Raises: ValueError if the features of documents of these sizes do not fit where `out` lies."""
+    num_tokens, num_teaching = (sum(numbers) for numbers in zip(*sizes, strict=True))
+    needed = feature_bytes(width, spec.features.dtype, num_tokens, num_teaching)
+    # A shard that was cut short is overwritten in place.
+    begun = sum(path.stat().st_blocks * BLOCK_BYTES for path in out.glob(f".*{PARTIAL_SUFFIX}"))
+    room = shutil.disk_usage(out).free + begun
+    if needed > room:
+        is_live = spec.held_out_fraction is not None
+        ways = [
+            "use another --store",
+            *([] if spec.features.dtype == "float8" else ["set features.dtype: float8"]),
+            *([] if is_live else ["set features.mode: live (nothing is stored but what is held out)"]),
+            "lower data.sources.limit or training.max_document_tokens",
+        ]
+        raise ValueError(
+            f"the features of {num_tokens:,} tokens need {quantity(needed)}B, but {quantity(room)}B are free where "
+            f"{out} lies: make room, or {', or '.join(ways)}"
+        )
 
 
 def write_shards(
@@ -210,26 +246,33 @@ def spec_documents(spec: CaptureSpec) -> Iterator[Document]:
     return supervised_documents(spec.conversations, spec.max_document_tokens, spec.held_out_fraction)
 
 
-def document_lengths(conversations: Path, max_tokens: int, held_out_fraction: float | None = None) -> list[int]:
-    """Tokens of each of the `supervised_documents`; what is cut and left out is logged. Raises: ValueError if none."""
+def document_lengths(conversations: Path, max_tokens: int) -> list[int]:
+    """Tokens of each of the `supervised_documents`. Raises: as `document_sizes`."""
+    return [size.num_tokens for size in document_sizes(conversations, max_tokens)]
+
+
+def document_sizes(conversations: Path, max_tokens: int, held_out_fraction: float | None = None) -> list[DocumentSize]:
+    """Sizes of the `supervised_documents`; what is cut and left out is logged. Raises: ValueError if none."""
     num_read = num_cut = num_cut_tokens = 0
-    lengths: list[int] = []
+    sizes: list[DocumentSize] = []
     for document in read_documents(conversations, held_out_fraction):
         num_read += 1
         num_cut += len(document.input_ids_T) > max_tokens
         num_cut_tokens += len(document.input_ids_T[max_tokens:])
-        if document.loss_mask_T[:max_tokens].any():
-            lengths.append(len(document.input_ids_T[:max_tokens]))
-    if not lengths:
+        kept = cut(document, max_tokens)
+        if kept.loss_mask_T.any():
+            num_teaching = int(teaching_in_document(kept.loss_mask_T).sum())
+            sizes.append(DocumentSize(len(kept.input_ids_T), num_teaching))
+    if not sizes:
         raise ValueError(
             f"none of {num_read} conversations{' that are held out' if held_out_fraction else ''} has an answer in its "
             f"first {max_tokens} tokens; raise training.max_document_tokens or add data"
         )
     logger.info(
         "%d documents of %d tokens; %d conversations cut at %d tokens (%d tokens lost), %d left out without an answer",
-        len(lengths), sum(lengths), num_cut, max_tokens, num_cut_tokens, num_read - len(lengths),
+        len(sizes), sum(size.num_tokens for size in sizes), num_cut, max_tokens, num_cut_tokens, num_read - len(sizes),
     )  # fmt: skip
-    return lengths
+    return sizes
 
 
 def portable_config(config: PretrainedConfig) -> dict[str, Any]:

@@ -2,11 +2,13 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -65,6 +67,12 @@ def make_spec(target: ResolvedTarget, conversations: Path, *, max_document_token
         max_document_tokens=max_document_tokens,
         batch_tokens=64,
     )
+
+
+def made(directory: Path) -> Path:
+    """The directory, empty."""
+    directory.mkdir()
+    return directory
 
 
 def test_captured_features_are_those_of_a_plain_run(tmp_path: Path, tiny_target: ResolvedTarget):
@@ -180,6 +188,57 @@ def test_conversations_without_any_answer_are_refused(tmp_path: Path, tiny_targe
     conversations = make_conversations(tmp_path / "conversations", [(30, 5), (7, 0)])
     with pytest.raises(ValueError, match=r"none of 2 conversations has an answer in its first 20 tokens"):
         capture.main(make_spec(tiny_target, conversations, max_document_tokens=20), tmp_path)
+
+
+class Usage(NamedTuple):
+    free: int
+
+
+def test_features_that_the_disk_has_no_room_for_are_refused_before_the_first(
+    tmp_path: Path, tiny_target: ResolvedTarget, monkeypatch: pytest.MonkeyPatch
+):
+    spec = make_spec(tiny_target, make_conversations(tmp_path / "conversations", [(10, 20), (5, 30)]))
+    # 65 tokens of three layers of 64 float32, an id and a flag; 50 that teach, of one such layer and two numbers.
+    needed = 65 * (3 * 64 * 4 + 5) + 50 * (64 * 4 + 8)
+    assert needed == 63445
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(needed - 1))
+    with pytest.raises(ValueError, match=r"need 63\.4 kB.* 63\.4 kB are free where .*/none") as caught:
+        capture.main(spec, made(tmp_path / "none"))
+    for way in ("--store", "features.dtype: float8", "features.mode: live", "data.sources.limit"):
+        assert way in str(caught.value)
+    assert not list((tmp_path / "none").glob("*shard*"))
+    # Where training captures for itself only what it is tested on is stored, and what is float8 already stays so.
+    features = spec.features.model_copy(update={"dtype": "float8"})
+    live = spec.model_copy(update={"features": features, "held_out_fraction": 0.99})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0))
+    with pytest.raises(ValueError, match="are free where") as caught:
+        capture.main(live, made(tmp_path / "live"))
+    assert "float8" not in str(caught.value)
+    assert "mode: live" not in str(caught.value)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(needed))
+    assert capture.main(spec, made(tmp_path / "all")).num_tokens == 65
+
+
+def test_what_an_interrupted_capture_has_written_needs_no_room(
+    tmp_path: Path, tiny_target: ResolvedTarget, monkeypatch: pytest.MonkeyPatch
+):
+    spec, out = make_spec(tiny_target, make_conversations(tmp_path / "conversations", [(10, 20), (5, 40)])), tmp_path
+    facts = capture.main(spec, out)
+    index = load_index(out)
+    assert len(index.shards) == 2
+
+    def interrupt() -> Path:
+        """As if the second shard had been cut short; returns what there is of it."""
+        (out / "index.json").write_text(index.model_copy(update={"shards": index.shards[:1]}).model_dump_json())
+        return (out / "shard-00001.safetensors").rename(out / ".shard-00001.safetensors.partial")
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0))
+    interrupt()
+    assert capture.main(spec, out) == facts
+    interrupt().unlink()
+    # 45 tokens, 40 that teach.
+    with pytest.raises(ValueError, match=r"need 45\.3 kB"):
+        capture.main(spec, out)
 
 
 @pytest.mark.slow
