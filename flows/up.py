@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flows.services import HOST, PREFECT, Service, api_url, is_up, prefect_server
 from specforge_core.process import NUM_LAST_LINES, ProcessError, SupervisedProcess
-from tasks.tracking import comparison_url, server_command, tracking_uri
+from tasks.tracking import comparison_url, is_file, mlflow_client, server_command, tracking_uri
 
 CHECKOUT = Path(__file__).parents[1]
 """Where prefect.yaml is, and the flows that it names."""
@@ -24,16 +24,19 @@ def run_services(store: Path, parameters: Mapping[str, str], *, prefect_port: in
     """Run until Ctrl-C, or until the worker ends; then stop what was started here. A server that answers is used as is.
 
     Args: parameters: what a run of a deployment is given unless it is started with others.
-    Raises: ValueError for a port that something else uses, ProcessError or TimeoutError for a server that does not
-    start, with its last lines.
+    Raises: ValueError for a port that something else uses or a tracker's database that cannot be opened; ProcessError
+    or TimeoutError for a server that does not start, with its last lines.
     """
     logs, api = store / "logs", api_url(prefect_port)
     mlflow_url, uri = f"http://{HOST}:{mlflow_port}", tracking_uri(store)
-    serves_mlflow = uri.startswith("sqlite:")
+    serves_mlflow = is_file(uri)
     if not is_up(f"{api}/health"):
         check_port(prefect_port, option="--prefect-port")
     if serves_mlflow and not is_up(f"{mlflow_url}/health"):
         check_port(mlflow_port, option="--mlflow-port")
+    if serves_mlflow:
+        # Made here: the page's server would not wait for a build that makes it too.
+        mlflow_client(uri)
     # The Prefect server needs its own URL too: with another port than 4200 its pages otherwise ask the wrong one.
     env = {**os.environ, "PREFECT_API_URL": api, "PREFECT_LOGGING_EXTRA_LOGGERS": "specforge_core"}
     services = [prefect_server(prefect_port, log=logs / "prefect-server.log", env=env)]

@@ -1,6 +1,7 @@
 """What `specbundle up` says before it starts anything, and of what it starts. The real thing: test_deployment.py."""
 
 import os
+import socket
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -32,6 +33,12 @@ def taken_port() -> Iterator[int]:
         server.shutdown()
 
 
+@pytest.fixture
+def free_ports() -> tuple[int, int]:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        return one.getsockname()[1], other.getsockname()[1]
+
+
 @pytest.mark.parametrize("option", ["--prefect-port", "--mlflow-port"])
 def test_a_port_that_something_else_uses_is_refused_before_anything_starts(
     manifest: Path, taken_port: int, option: str, capsys: pytest.CaptureFixture[str]
@@ -39,6 +46,18 @@ def test_a_port_that_something_else_uses_is_refused_before_anything_starts(
     assert cli.main(["--manifest", str(manifest), "up", option, str(taken_port)]) == 2
     printed = capsys.readouterr()
     assert f"port {taken_port} of 127.0.0.1: Address already in use; choose another with {option}" in printed.err
+    assert "starting" not in printed.out
+
+
+def test_a_tracker_that_cannot_be_opened_is_said_before_anything_starts(
+    manifest: Path, tmp_path: Path, free_ports: tuple[int, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/mlflow.db").write_bytes(b"no database" * 1000)
+    options = [f"--{name}-port={port}" for name, port in zip(("prefect", "mlflow"), free_ports, strict=True)]
+    assert cli.main(["--manifest", str(manifest), "--store", str(tmp_path / "store"), "up", *options]) == 2
+    printed = capsys.readouterr()
+    assert f"MLflow cannot open {tmp_path / 'store/mlflow.db'}" in printed.err
     assert "starting" not in printed.out
 
 
