@@ -77,8 +77,8 @@ def run_entries(task: Task[[ManifestEntry, RunSettings], EntryRow], request: Req
     gpus = list_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
     loaded = Manifest.load(request.manifest)
     entries, skipped = select_entries(loaded, only=request.only, num_gpus=len(gpus))
-    for reason in skipped.values():
-        run_logger().info("skipped: %s", reason)
+    if skipped:
+        run_logger().info("skipped for want of GPUs, of which this host has %d: %s", len(gpus), ", ".join(skipped))
     store = (request.store or loaded.base_dir / ".specbundle").absolute()
     run = tracking.start_run(
         tracking.BUILDS,

@@ -74,8 +74,11 @@ class BuildSummary(Record):
             return f"{len(failures)} of {num_built} entries did not pass: {', '.join(failures)}"
         return f"{num_built} of {num_built} entries passed"
 
-    def next_steps(self) -> list[str]:
-        """Where to look now, as lines for a terminal."""
+    def next_steps(self, command: str) -> list[str]:
+        """Where to look now, as lines for a terminal.
+
+        Args: command: the program, with the options that name this manifest and store.
+        """
         measured = [row.entry for row in self.rows if row.speedup is not None]
         site = [f"site:     {self.site.as_uri()}"] if self.site else []
         reports = [f"report:   {self.store / 'reports' / entry}.md" for entry in measured]
@@ -83,8 +86,10 @@ class BuildSummary(Record):
         if self.comparison_url:
             compare.append(f"compare:  {self.comparison_url}")
         if self.comparison_url and not self.tracking_uri.startswith("http"):
-            compare.append(f"          served by `{' '.join(server_command(self.tracking_uri))}`, or `make up`")
-        look = [f"look at:  specbundle show conversation --entry {measured[0]}; specbundle report"] if measured else []
+            compare.append(f"          served by `{' '.join(server_command(self.tracking_uri))}`, or `{command} up`")
+        look = []
+        if measured:
+            look.append(f"look at:  {command} show conversation --entry {measured[0]}; {command} report")
         return [*site, *reports, *compare, *look]
 
     def markdown(self) -> str:

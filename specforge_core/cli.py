@@ -7,6 +7,7 @@ such a command is given, because Prefect and MLflow take seconds to load. So it 
 import argparse
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from specforge_core.arguments import port, positive_float, positive_int
+from specforge_core.arguments import port
 from specforge_core.artifacts import SPEC_NAME, Store
 from specforge_core.benchmark.headline import headline
+from specforge_core.cost.options import add_cost_options, given_cost_options
 from specforge_core.engine import sglang_python, sglang_version
 from specforge_core.facts import Published, Rejected, Withheld
 from specforge_core.gpus import list_gpus
@@ -29,9 +31,7 @@ from specforge_core.stages import USER_ERROR_STATUS, RegenerateSpec
 from specforge_core.terminal import print_error, print_line, print_table, terminal
 
 INTERRUPTED_STATUS = 130
-REPORTS = Path(__file__).parents[1] / "reports"
-"""Of the checkout that this program runs from."""
-COST_OPTIONS = ("hardware", "disk", "json", "reports", "tokens-per-conversation")
+DEFAULT_MANIFEST = Path("bundle_manifest.yaml")
 PLAN_STYLES = {"fresh": "green", "stale": "yellow", "waits": "dim"}
 ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="specbundle", description="Draft models for speculative decoding, by manifest."
     )
-    parser.add_argument("--manifest", type=Path, default=Path("bundle_manifest.yaml"), help="default: %(default)s")
+    parser.add_argument("--manifest", type=Path, default=DEFAULT_MANIFEST, help="default: %(default)s")
     parser.add_argument("--store", type=Path, help="folder of the artifacts; default: .specbundle beside the manifest")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_options(add("rebenchmark", rebenchmark, again))
     plan_parser = add("plan", plan, "Say which stages a build would run, and why; run nothing.")
     plan_parser.add_argument("--only", nargs="+", metavar="ENTRY", help="default: every entry")
-    _add_cost_options(plan_parser)
+    add_cost_options(plan_parser)
     add("list", list_entries, "List the entries of the manifest with their last results.")
     show_parser = add("show", show, "Show an entry's artifacts, or a conversation that its draft was trained on.")
     show_parser.add_argument("what", metavar="ENTRY|conversation")
@@ -121,19 +121,6 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_cost_options(plan_parser: argparse.ArgumentParser) -> None:
-    add = plan_parser.add_argument_group("cost", "from the targets' configs and measured rates alone").add_argument
-    add("--cost", action="store_true", help="say instead what a build takes, by entry and stage, and what will not fit")
-    add("--hardware", metavar="NAME", help="GPU to count for, such as h200; default: that of the measurements")
-    add("--disk", type=positive_float, metavar="GB/s", help="of a host, read and written; default: as measured")
-    add("--json", action="store_true", help="print it for programs")
-    add("--reports", type=Path, default=REPORTS, help="folder of the measured rates; default: %(default)s")
-    add(
-        "--tokens-per-conversation", nargs=2, type=positive_int, metavar=("PROMPT", "ANSWER"),
-        help="default: those in the store, or an assumption that is printed",
-    )  # fmt: skip
-
-
 def build(args: argparse.Namespace) -> int:
     """Run the flow `specbundle`."""
     return _run_flow(args, "specbundle")
@@ -150,25 +137,22 @@ def _run_flow(args: argparse.Namespace, name: str) -> int:
     if args.dry_run and args.publish_to == "none":
         raise ValueError("a dry run says what publishing would change: leave out --dry-run or say where to publish")
     manifest = Manifest.load(args.manifest)
-    skipped = select_entries(manifest, only=args.only, num_gpus=len(_gpus())).skipped
-    for reason in skipped.values():
-        print_error(f"skipped: {reason}")
+    num_gpus = len(_gpus())
+    entries, skipped = select_entries(manifest, only=args.only, num_gpus=num_gpus)
+    if missing := [reason for entry in entries if (reason := missing_gpus(entry, num_gpus))]:
+        raise ValueError(f"{'; '.join(missing)}; build on a host that has them, or choose others with --only")
+    store = _store(args).root
+    store.mkdir(parents=True, exist_ok=True)
+    if not os.access(store, os.W_OK):
+        raise ValueError(f"the store {store} cannot be written; name another with --store")
     from flows.services import start_own_prefect_server
 
-    is_own = start_own_prefect_server(_store(args).root / "logs" / "prefect-server.log")
+    is_own = start_own_prefect_server(store / "logs" / "prefect-server.log")
     from flows import rebenchmark, specbundle
+    from flows.log_filter import quieten_runs
     from flows.summary import BuildSummary
-    from tasks.stage import StageError
 
-    def tidy(record: logging.LogRecord) -> bool:
-        # The stage has printed its own traceback; Prefect's, through three layers of engine, would bury it.
-        if record.exc_info and isinstance(record.exc_info[1], StageError | InterruptedError):
-            record.exc_info = None
-        # This build's own server has no pages.
-        return not (is_own and record.getMessage().startswith("View at"))
-
-    for logger in ("prefect.task_runs", "prefect.flow_runs"):
-        logging.getLogger(logger).addFilter(tidy)
+    quieten_runs(has_pages=not is_own)
     # Such as what it waits for.
     logging.getLogger("specforge_core").setLevel(logging.INFO)
     flow = {"specbundle": specbundle.specbundle, "rebenchmark": rebenchmark.rebenchmark}[name]
@@ -184,9 +168,19 @@ def _run_flow(args: argparse.Namespace, name: str) -> int:
         if row.status == "skipped" and row.entry not in skipped:
             print_error(f"skipped: {row.detail}")
     print_table([row.cells() for row in summary.rows if row.status != "skipped"], title=summary.message)
-    for line in summary.next_steps():
+    for line in summary.next_steps(_command(args)):
         print_line(line)
     return int(summary.is_failure)
+
+
+def _command(args: argparse.Namespace) -> str:
+    """How this command's manifest and store are named in another one."""
+    words = ["specbundle"]
+    if args.manifest != DEFAULT_MANIFEST:
+        words += ["--manifest", str(args.manifest)]
+    if args.store:
+        words += ["--store", str(args.store)]
+    return shlex.join(words)
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -196,9 +190,7 @@ def plan(args: argparse.Namespace) -> int:
         from specforge_core.cost.command import plan_cost
 
         return plan_cost(args, _store(args), terminal())
-    if given := [
-        f"--{name}" for name in COST_OPTIONS if getattr(args, name.replace("-", "_")) not in (None, False, REPORTS)
-    ]:
+    if given := given_cost_options(args):
         raise ValueError(f"only the cost depends on {', '.join(given)}; add --cost")
     manifest, store, gpus = Manifest.load(args.manifest), _store(args), _gpus()
     entries, status = named_entries(manifest, args.only) if args.only else manifest.entries, 0

@@ -167,6 +167,10 @@ def test_report_prints_the_last_measurements_and_writes_the_site(
     ("argv", "message"),
     [
         (["build", "--only", "tinny"], "the manifest has no entry 'tinny'; did you mean tiny?"),
+        (
+            ["build", "--only", "big", "tiny"],
+            "big needs 2 GPUs, this host has 0; build on a host that has them, or choose",
+        ),
         (["build", "--no-publish", "--dry-run"], "a dry run says what publishing would change: leave out --dry-run"),
         (["plan", "--only", "tinny"], "the manifest has no entry 'tinny'; did you mean tiny?"),
         (["plan", "--json", "--disk", "2"], "only the cost depends on --disk, --json; add --cost"),

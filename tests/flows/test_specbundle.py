@@ -1,6 +1,7 @@
 """A whole build: states, artifacts, tracking, and entries that fail. Stages are fakes; Prefect and MLflow are real."""
 
 import asyncio
+import os
 import threading
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from prefect.states import State
 from flows import draft, entries
 from flows.specbundle import specbundle
 from flows.summary import BuildSummary
+from specforge_core import cli
 from specforge_core.artifacts import BuildArtifacts
 from specforge_core.facts import GateFailure
 from specforge_core.gpus import Gpu
@@ -163,6 +165,31 @@ def test_an_entry_for_gpus_that_this_host_lacks_is_skipped_unless_it_is_asked_fo
     assert row.detail == (
         "ValueError: big needs 8 GPUs, this host has 0; build it on a host that has them, or choose others with --only"
     )
+
+
+def test_the_command_names_what_it_skips_on_one_line_and_says_where_to_look_with_its_own_options(
+    tmp_path: Path,
+    artifacts: BuildArtifacts,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # A command sets what its environment lacks; here that must not outlive the test.
+    monkeypatch.setattr(os, "environ", os.environ.copy() | {"CUDA_VISIBLE_DEVICES": ""})
+    monkeypatch.setattr(draft, "stages", StagesByEntry(artifacts, tiny={}))
+    manifest, store = (
+        make_factory(tmp_path, gpu_entry("big", 2), tiny_entry(), gpu_entry("huge", 8)),
+        tmp_path / "store",
+    )
+    with caplog.at_level("INFO"):
+        assert cli.main(["--manifest", str(manifest), "--store", str(store), "build"]) == 0
+    printed = capsys.readouterr()
+    told = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert told == ["skipped for want of GPUs, of which this host has 0: big, huge"]
+    assert "skipped:" not in printed.err
+    command = f"specbundle --manifest {manifest} --store {store}"
+    assert f"look at:  {command} show conversation --entry tiny; {command} report\n" in printed.out
+    assert f", or `{command} up`\n" in printed.out
 
 
 def test_an_entry_that_needs_sglang_fails_before_its_first_stage_where_there_is_none(
