@@ -101,7 +101,9 @@ def full_disk_refused(out: Path) -> Iterator[None]:
         yield
     # DCP's CheckpointException is no Exception, and the error of safetensors no OSError.
     except BaseException as error:
-        said = [line for line in str(error).splitlines() if os.strerror(errno.ENOSPC) in line]
+        # `datasets` says only in the cause what happened.
+        lines = f"{error.__cause__}\n{error}".splitlines()
+        said = [line for line in lines if os.strerror(errno.ENOSPC) in line]
         if not said:
             raise
         raise ValueError(

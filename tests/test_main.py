@@ -27,6 +27,14 @@ def save_to_a_full_disk() -> None:
         raise CheckpointException("writing", {0: (error, StackSummary())}) from None
 
 
+def cache_on_a_full_disk() -> None:
+    """As `datasets` does."""
+    try:
+        write_to_a_full_disk()
+    except OSError as error:
+        raise RuntimeError("an error occurred while generating the dataset") from error
+
+
 def run(work: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """The exit status of a stage that does this work."""
     module = ModuleType("made_stage")
@@ -37,7 +45,7 @@ def run(work: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     return stage_process.main(["regenerate", "--spec", str(tmp_path / "spec.json"), "--out", str(tmp_path / "out")])
 
 
-@pytest.mark.parametrize("work", [write_to_a_full_disk, save_to_a_full_disk])
+@pytest.mark.parametrize("work", [write_to_a_full_disk, save_to_a_full_disk, cache_on_a_full_disk])
 def test_a_full_disk_is_told_last_with_its_way_out_and_not_tried_again(
     work: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

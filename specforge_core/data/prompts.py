@@ -1,5 +1,6 @@
 """Prompts from a data set: what a person asked, without the answers that somebody else's model gave. Torch-free."""
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -24,6 +25,7 @@ ACCEPTED_FORMS = (
     "`messages` (role, content), `conversations` (from, value), `turns` (user turns), "
     "or one prompt in `prompt`, `question`, `instruction` (with `input`) or `text`"
 )
+ACCEPTED_FILES = f"a JSON object on each line (or a list of them in a .json), in UTF-8, with {ACCEPTED_FORMS}"
 FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 Role = Literal["system", "user", "assistant"]
@@ -192,16 +194,23 @@ def _dataset_rows(source: PromptSource, answer_column: str | None) -> Iterator[_
         )
     answer_column = answer_column or FINAL_ANSWER_COLUMN
     columns = [name for name in (column, INSTRUCTION_INPUT, answer_column) if name in dataset.column_names]
-    for row in islice(dataset.select_columns(list(dict.fromkeys(columns))), source.limit):
-        prompt, final_answer = row[column], row.get(answer_column)
-        if column == "instruction" and isinstance(prompt, str) and row.get(INSTRUCTION_INPUT):
-            prompt = f"{prompt}\n\n{row[INSTRUCTION_INPUT]}"
-        yield _Row(prompt, None if final_answer is None else str(final_answer))
+    try:
+        for row in islice(dataset.select_columns(list(dict.fromkeys(columns))), source.limit):
+            prompt, final_answer = row[column], row.get(answer_column)
+            if column == "instruction" and isinstance(prompt, str) and row.get(INSTRUCTION_INPUT):
+                prompt = f"{prompt}\n\n{row[INSTRUCTION_INPUT]}"
+            yield _Row(prompt, None if final_answer is None else str(final_answer))
+    except UnicodeDecodeError as error:
+        # A text is decoded only when it is read.
+        if not Path(source.dataset).is_file():
+            raise
+        raise _refusal(Path(source.dataset), error) from error
 
 
 def _load_dataset(source: PromptSource) -> Any:
     # `datasets` takes a second to import, and the demo corpus does without.
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     path = Path(source.dataset)
     if not path.is_file():
@@ -209,4 +218,41 @@ def _load_dataset(source: PromptSource) -> Any:
     suffixes = [suffix for suffix in path.suffixes if suffix in FILE_BUILDERS]
     if not suffixes:
         raise ValueError(f"{path}: a local file of prompts ends in one of {', '.join(FILE_BUILDERS)}")
-    return load_dataset(FILE_BUILDERS[suffixes[-1]], data_files=str(path), split=source.split)
+    try:
+        return load_dataset(FILE_BUILDERS[suffixes[-1]], data_files=str(path), split=source.split)
+    # StopIteration: of an empty file.
+    except (DatasetGenerationError, StopIteration, ValueError) as error:
+        # Such as a full disk.
+        if isinstance(error.__cause__, OSError):
+            raise
+        raise _refusal(path, error) from error
+
+
+def _refusal(path: Path, error: Exception) -> ValueError:
+    """What to say of a local file, of which `datasets` says less."""
+    fault = None if ".parquet" in path.suffixes else _first_fault(path)
+    return ValueError(f"{path}: {f'{fault}; accepted: {ACCEPTED_FILES}' if fault else error.__cause__ or error}")
+
+
+def _first_fault(path: Path) -> str | None:
+    """What is wrong with a JSON file, and in which line; None if nothing is found."""
+    import fsspec
+
+    num_rows = 0
+    with fsspec.open(path, "rb", compression="infer") as lines:
+        for number, chunk in enumerate(lines, 1):
+            if is_list := num_rows == 0 and chunk.startswith(b"["):
+                # It goes over all lines.
+                chunk += b"".join(lines)
+            try:
+                text = chunk.decode("utf-8-sig").rstrip()
+                value: Any = json.loads(text) if text else None
+            except UnicodeDecodeError as error:
+                line = number + chunk.count(b"\n", 0, error.start)
+                return f"line {line} is not UTF-8 (it has a byte {chunk[error.start]:#x})"
+            except json.JSONDecodeError as error:
+                return f"line {number + error.lineno - 1} is not JSON ({error.msg}: character {error.colno})"
+            if text and not is_list and not isinstance(value, dict):
+                return f"line {number} is no object"
+            num_rows += len(value) if is_list else bool(text)
+    return None if num_rows else "it has no rows"

@@ -1,7 +1,10 @@
+import gzip
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
+import datasets.exceptions
 import pandas as pd
 import pytest
 
@@ -124,6 +127,55 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path.write_text("hi")
     with pytest.raises(ValueError, match=r"prompts\.txt: a local file of prompts ends in one of \.json, \.jsonl"):
         list(load_prompts(PromptSource(dataset=str(path))))
+
+
+GOOD = b'{"prompt": "hi"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        (
+            "p.jsonl",
+            GOOD + b'\n{"prompt": "a"\n' + GOOD,
+            r"line 3 is not JSON \(Expecting ',' delimiter: character 15\)",
+        ),
+        ("p.jsonl", GOOD + b'{"prompt": "caf\xe9"}\n', r"line 2 is not UTF-8 \(it has a byte 0xe9\)"),
+        ("p.jsonl", GOOD + b'["a"]\n', "line 2 is no object"),
+        ("p.jsonl", b"", "it has no rows"),
+        ("p.jsonl", b"\n", "it has no rows"),
+        ("p.json", b"[]", "it has no rows"),
+        ("p.json", b'[{"prompt": "a"},\n {"prompt" "b"}]', r"line 2 is not JSON .*: character 12\)"),
+        ("p.json", b'[{"prompt": "a"},\n\n{"prompt": "caf\xe9"}]', "line 3 is not UTF-8 .*"),
+        ("p.json", GOOD + b'{"prompt": \n', "line 2 is not JSON .*"),
+        ("p.jsonl.gz", gzip.compress(GOOD + b"{"), "line 2 is not JSON .*"),
+    ],
+)
+def test_a_broken_file_is_refused_with_its_name_and_its_first_bad_line(
+    tmp_path: Path, name: str, content: bytes, fault: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"/{name}: {fault}; accepted: .* UTF-8.* `messages`"):
+        list(load_prompts(PromptSource(dataset=str(tmp_path / name))))
+
+
+def test_what_only_the_reader_finds_wrong_is_told_with_the_name(tmp_path: Path) -> None:
+    (tmp_path / "p.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"/p\.parquet: Parquet file size is 4 bytes"):
+        list(load_prompts(PromptSource(dataset=str(tmp_path / "p.parquet"))))
+    with pytest.raises(ValueError, match=r'/prompts\.jsonl: Unknown split "test"'):
+        prompts_of(tmp_path, [{"prompt": "a"}], split="test")
+
+
+def test_a_disk_that_fails_while_a_good_file_is_read_is_no_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise datasets.exceptions.DatasetGenerationError("while generating") from OSError("disk")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(datasets.exceptions.DatasetGenerationError):
+        prompts_of(tmp_path, [{"prompt": "a"}])
 
 
 def test_the_demo_corpus_is_a_source_of_one_family_or_of_all() -> None:
