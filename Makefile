@@ -19,7 +19,7 @@ INSTALLED := $(VENV)/.installed-$(KIND)
 SPECULATORS := .speculators
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints/$(KIND).txt
 
-.PHONY: bundle bundle-8b test test-slow lint format setup up clean
+.PHONY: bundle bundle-8b has-gpu test test-slow lint format setup up clean
 .DEFAULT_GOAL := help
 
 help:  ## Say what there is to make.
@@ -28,9 +28,14 @@ help:  ## Say what there is to make.
 bundle: setup  ## Build the drafts that this machine has the hardware for; ENTRIES='a b' builds those.
 	$(BIN)/specbundle build $(if $(ENTRIES),--only $(ENTRIES))
 
-bundle-8b: setup  ## Build a draft for the demo target at the size of an 8B model, on one GPU with SGLang.
+bundle-8b: has-gpu setup  ## Build a draft for the demo target at the size of an 8B model, on one GPU with SGLang.
 	@test -d $(INFLATED) || $(BIN)/python -m specforge_core.demo.inflate --shape llama-3.1-8b --out $(INFLATED)
 	$(BIN)/specbundle --manifest specforge_core/demo/inflated_manifest.yaml --store .specbundle build
+
+# Before anything is installed, and 16 GB are written.
+has-gpu:
+	@nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU ' || \
+		{ echo "bundle-8b needs a GPU, and nvidia-smi lists none; \`make bundle\` builds what a CPU can" >&2; exit 1; }
 
 test: setup  ## Run the tests, without those that take minutes, two files at a time.
 	$(BIN)/python -m pytest -n 2 --dist loadfile
