@@ -117,7 +117,10 @@ def regenerate(
 
 
 def unique_prompts(data: DataConfig) -> Prompts:
-    """The prompts of all sources in order, the first of equal ones. Raises: ValueError if there are none."""
+    """The prompts of all sources in order, the first of equal ones.
+
+    Raises: ValueError if there are none, or fewer than rows that hold none.
+    """
     usable: dict[str, Prompt] = {}
     unusable: Counter[str] = Counter()
     num_duplicates = 0
@@ -134,6 +137,12 @@ def unique_prompts(data: DataConfig) -> Prompts:
     )
     if not usable:
         raise ValueError(f"the data sources hold no usable prompt: {dict(unusable) or 'no rows at all'}")
+    if unusable.total() > len(usable):
+        # The stage would end so in any case, once all answers are paid for.
+        raise ValueError(
+            f"{unusable.total()} rows of the data sources hold no usable prompt and only {len(usable)} different ones "
+            f"do; most often: {unusable.most_common(1)[0][0]}. Remove those rows, or name the `column` with the prompts"
+        )
     return Prompts(tuple(usable.values()), unusable)
 
 

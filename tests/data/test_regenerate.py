@@ -124,6 +124,20 @@ def test_a_stage_of_which_most_rows_fail_stops_with_the_first_reason(tmp_path: P
         regenerate(spec, ScriptedTarget(answer), TOKENIZER, tmp_path)
 
 
+def test_rows_of_which_most_hold_no_prompt_are_refused_before_the_first_request(tmp_path: Path) -> None:
+    rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": ""}, {"prompt": ""}, {"prompt": None}]
+    target = ScriptedTarget(lambda question: "yes")
+    refused = (
+        r"3 rows .* hold no usable prompt and only 2 different ones do; most often: an empty user turn\. .*`column`"
+    )
+    with pytest.raises(ValueError, match=refused):
+        regenerate(make_spec(write_rows(tmp_path / "p.jsonl", rows)), target, TOKENIZER, tmp_path)
+    assert target.asked == []
+    # Half of them may.
+    facts = regenerate(make_spec(write_rows(tmp_path / "p.jsonl", rows[:4])), target, TOKENIZER, tmp_path)
+    assert (facts.num_conversations, facts.num_failed) == (2, 2)
+
+
 def test_a_broken_backend_is_not_asked_for_every_row(tmp_path: Path) -> None:
     num_calls = 0
 
