@@ -18,7 +18,7 @@ Spec = dict[str, Any]
 
 NUMBER = {"type": "quantitative"}
 FIGURE = {"format": ".2f", "type": "quantitative"}
-SPEEDUP = {**NUMBER, "scale": {"zero": False, "padding": 14}, "axis": {"format": ".1f", "tickCount": 6}}
+SPEEDUP = {**NUMBER, "scale": {"zero": False, "padding": 14}, "axis": {"tickCount": 6}}
 ROW_PIXELS = 46
 AT_BOTTOM = {"orient": "bottom", "direction": "horizontal", "title": None, "columns": {"expr": "width < 420 ? 2 : 5"}}
 
@@ -199,7 +199,7 @@ def speedup_over_load(points: Sequence[SweepPoint]) -> Spec:
     """Speedup over the target alone, at as many requests at once; rings mark the best."""
     alone = [{"load": load, "speedup_f": 1.0} for load in _loads(points)]
     best = [{"load": a.concurrency, "speedup_f": a.speedup} for a in best_per_load(points) if a.serving]
-    axis = {"axis": {"format": ".1f", "tickCount": 6}, "scale": {"zero": True}}
+    axis = {"axis": {"tickCount": 6}, "scale": {"zero": True}}
     return _over_load(points, alone, best, {"field": "speedup_f", **NUMBER, "title": "speedup", **axis})
 
 

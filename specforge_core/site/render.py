@@ -29,7 +29,7 @@ from specforge_core.benchmark.tables import (
     server_rows,
     switch_off_advice,
 )
-from specforge_core.facts import BenchmarkResult, Published
+from specforge_core.facts import BenchmarkResult, GateFailure, Published
 from specforge_core.hub.card import method_name
 from specforge_core.manifest import ManifestEntry
 from specforge_core.site import charts
@@ -42,6 +42,7 @@ DIRECTORY = "site"
 CHART_LIBRARY = "vl-convert-python"
 # Of `result_rows`: what only some benchmarks measure.
 MORE_COLUMNS = ("in process", "answers right")
+MAX_DECIMALS = 6
 
 
 def site_directory(store: Path) -> Path:
@@ -158,6 +159,16 @@ def web_url(text: str | None) -> str | None:
     return text if text and urlsplit(text).scheme in ("http", "https") else None
 
 
+def gate_figures(failure: GateFailure) -> tuple[str, str]:
+    """What was measured and what is required, with two decimals, or as many as it takes to tell them apart."""
+    if failure.measured is None:
+        return "–", f"{failure.required:.2f}"
+    decimals = 0 if failure.gate == "lossless" else 2
+    while decimals < MAX_DECIMALS and f"{failure.measured:.{decimals}f}" == f"{failure.required:.{decimals}f}":
+        decimals += 1
+    return f"{failure.measured:.{decimals}f}", f"{failure.required:.{decimals}f}"
+
+
 def repository_url(view: EntryView) -> str | None:
     """Where a published draft can be seen: its own address, else the folder."""
     outcome = view.record.outcome
@@ -177,6 +188,7 @@ def _environment() -> Environment:
     environment.globals |= {
         "IMPOSSIBLE": IMPOSSIBLE,
         "STATUSES": STATUSES,
+        "gate_figures": gate_figures,
         "hardware_of": hardware_of,
         "headline": headline,
         "median": median,

@@ -1,12 +1,19 @@
 """The site in a real browser, from disk: charts, filter, sorting, colours, console, network, a phone's width."""
 
 from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
+from specforge_core.benchmark.history import record_report
+from specforge_core.facts import GateFailure, Rejected
+from specforge_core.ledger import record_outcome
+from specforge_core.site.render import write_site
+from tests.site import made_store
 from tests.site.browser import Browser, find_chromium, open_browser
 from tests.site.conftest import MadeSite
 
@@ -140,6 +147,78 @@ def test_light_and_dark_follow_the_system_until_the_reader_chooses(made: MadeSit
 def test_no_page_scrolls_sideways_on_a_phone(page: str, made: MadeSite, browser: Browser) -> None:
     browser.open(made.site / page, width=PHONE, height=800)
     assert browser.run("return [innerWidth, document.documentElement.scrollWidth]") == [PHONE, PHONE]
+
+
+@pytest.fixture(scope="module")
+def rejected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of an entry whose last build failed four gates."""
+    store, demo = tmp_path_factory.mktemp("rejected"), made_store.entries()[0]
+    gates = ("min_acceptance_length", "min_speedup", "max_serving_gap", "speedup_is_possible")
+    message = "gsm8k: 1.10 is below the 1.50 that is asked, so train longer, on more data, or lower it in the manifest"
+    failures = tuple(
+        GateFailure(gate=gate, suite="demo-arithmetic", measured=1.1, required=1.5, message=message) for gate in gates
+    )
+    for build, failed in enumerate(((), failures)):
+        made = made_store.report(store / f"made-{build}", demo, made_store.suites(1.1, 1.3), failed, build=build)
+        record_report(store, made, at=made_store.FIRST_BUILD + timedelta(days=build))
+    record_outcome(store, demo.name, Rejected(failures=failures))
+    return write_site(store, [demo]).parent / "entries" / "demo.html"
+
+
+def test_no_table_is_cut_on_a_desktop(rejected: Path, made: MadeSite, browser: Browser) -> None:
+    cut = "return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+    for page in (rejected, *(made.site / page for page in PAGES)):
+        browser.open(page, width=DESKTOP)
+        assert browser.run(cut) == 0, page
+
+
+@pytest.mark.parametrize(
+    ("page", "table"),
+    [("index.html", "#entries"), ("entries/demo.html", "#measurements"), ("entries/llama.html", "#measurements")],
+)
+def test_acceptance_and_speedup_are_in_sight_on_a_phone(
+    page: str, table: str, made: MadeSite, browser: Browser
+) -> None:
+    browser.open(made.site / page, width=PHONE, height=800)
+    script = f"""
+        const heads = [...document.querySelectorAll('{table} thead th')];
+        return Object.fromEntries(heads.map(head => [head.innerText, head.getBoundingClientRect().right]));
+    """
+    right = browser.run(script)
+    assert max(right["acceptance length"], right["speedup"]) <= PHONE
+
+
+def test_a_failed_gate_takes_no_more_room_than_its_text_on_a_phone(rejected: Path, browser: Browser) -> None:
+    browser.open(rejected, width=PHONE, height=800)
+    script = """
+        const box = element => element.getBoundingClientRect();
+        const room = box(document.querySelector('.failures .scroll')).right;
+        return [...document.querySelectorAll('.failures tbody tr')].map(row => ({
+            hidden: Math.max(...[...row.cells].map(cell => box(cell).right)) - room,
+            height: box(row).height, cells: [...row.cells].map(cell => box(cell).height)}));
+    """
+    rows = browser.run(script)
+    assert len(rows) == 4
+    for row in rows:
+        assert row["hidden"] <= 1
+        # The gate, at most two lines of figures, the message, and what is between them.
+        gate, suite, _, _, message = row["cells"]
+        assert row["height"] < gate + 2 * suite + message + 40
+
+
+def test_a_narrow_axis_has_distinct_labels(tmp_path: Path, browser: Browser) -> None:
+    demo = made_store.entries()[0]
+    narrow = made_store.suites(0.9, 0.93)
+    measured = [
+        m.model_copy(update={"speedup_low": m.speedup - 0.02, "speedup_high": 1.0}) for m in narrow.measurements
+    ]
+    result = narrow.model_copy(update={"measurements": tuple(measured)})
+    record_report(tmp_path, made_store.report(tmp_path / "made", demo, result))
+    browser.open(write_site(tmp_path, [demo]).parent / "entries" / "demo.html", width=DESKTOP)
+    script = "return [...document.querySelectorAll('#suites .role-axis-label text')].map(text => text.textContent)"
+    labels = [label for label in browser.run(script) if label[0].isdigit()]
+    assert len(labels) >= 4
+    assert len(set(labels)) == len(labels)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -13,7 +13,7 @@ from specforge_core.facts import Answers, GateFailure, Published, Rejected
 from specforge_core.ledger import EntryRecord, record_outcome
 from specforge_core.manifest_sections import ServingConfig
 from specforge_core.site.collect import Champion, collect
-from specforge_core.site.render import repository_url, web_url, write_site
+from specforge_core.site.render import gate_figures, repository_url, web_url, write_site
 from tests.site import made_store
 from tests.site.conftest import COMPARISON, MadeSite
 
@@ -62,8 +62,8 @@ def test_the_site_is_whole_and_small(made: MadeSite) -> None:
 def test_the_overview_lists_every_entry_with_its_figures(made: MadeSite) -> None:
     text = words(made, "index.html")
     # The root of 3.6, and its interval as in test_collect.
-    assert "demo made-up/Small-Target published 3.00 1.90× 1.75 to 2.04 v3 2026-11-01" in text
-    assert "big made-up/Big-Target never built ≥ 2.50 ≥ 1.50× – – 1 GPU wanted" in text
+    assert "demo made-up/Small-Target 3.00 1.90× 1.75 to 2.04 published v3 2026-11-01" in text
+    assert "big made-up/Big-Target ≥ 2.50 ≥ 1.50× never built – – 1 GPU wanted" in text
     # Of the two published: the fourth root of 3.6 times 4.8.
     assert "2.04× the speed, the same text" in text
     assert "published 2 of 4" in text
@@ -71,12 +71,12 @@ def test_the_overview_lists_every_entry_with_its_figures(made: MadeSite) -> None
 
 def test_the_page_of_an_entry_shows_results_history_and_champion(made: MadeSite) -> None:
     text = words(made, "entries/demo.html")
-    assert "gsm8k 3-1-4 1 10 3.00 1.25 102 → 204 1.80× 1.60 to 2.00 9 / 1 / 0" in text
-    assert "2 2026-11-02 08:30 rejected min_speedup 3.00 1.20× Made-up CPU 9000, 4 threads 0123abc" in text
+    assert "gsm8k 3-1-4 3.00 1.80× 1.60 to 2.00 1 102 → 204 1.25 10 9 / 1 / 0" in text
+    assert "2 3.00 1.20× rejected min_speedup 2026-11-02 08:30 Made-up CPU 9000, 4 threads 0123abc" in text
     assert "Users get v3 from specbundle/demo." in text
     assert "The last build passed its gates and is published." in text
     # The last build made the champion.
-    assert "3 2026-11-03 08:30 passed champion 3.00" in text
+    assert "3 3.00 1.90× passed champion 2026-11-03 08:30" in text
 
 
 def test_a_served_entry_says_what_to_start_at_which_load(made: MadeSite) -> None:
@@ -91,8 +91,26 @@ def test_a_served_entry_says_what_to_start_at_which_load(made: MadeSite) -> None
 
 def test_a_rejected_draft_says_which_gate_failed_and_how_to_serve_it_is_not_said(made: MadeSite) -> None:
     text = words(made, "entries/worse.html")
-    assert "min_speedup gsm8k 1.1 1.5 1.1 is below 1.5 <script>document.title = 'taken over'</script>" in text
+    assert "min_speedup gsm8k 1.10 1.50 1.1 is below 1.5 <script>document.title = 'taken over'</script>" in text
     assert "Serve it" not in text
+
+
+@pytest.mark.parametrize(
+    ("gate", "measured", "required", "expected"),
+    [
+        ("min_acceptance_length", 1.8, 2.5, ("1.80", "2.50")),
+        # Not twice 0.95.
+        ("min_vocabulary_coverage", 0.9496, 0.95, ("0.9496", "0.9500")),
+        ("lossless", 3.0, 0.0, ("3", "0")),
+        ("max_serving_gap", None, 0.05, ("–", "0.05")),
+    ],
+)
+def test_what_a_gate_measured_differs_from_what_it_requires(
+    gate: str, measured: float | None, required: float, expected: tuple[str, str]
+) -> None:
+    assert (
+        gate_figures(GateFailure(gate=gate, suite=None, measured=measured, required=required, message="")) == expected
+    )
 
 
 def test_what_only_some_benchmarks_measure_has_a_column_there(tmp_path: Path, made: MadeSite) -> None:
@@ -132,7 +150,9 @@ def test_after_a_rejected_build_the_champion_stays_in_front(made: MadeSite, tmp_
     text = re.sub(r"\s+", " ", Page((index.parent / "entries" / "demo.html").read_text()).text)
     assert text.index("1.80×") < text.index("Users still get v1") < text.index("Gates that the last build failed")
     assert "Serve it" in text
-    assert "demo made-up/Small-Target rejected 3.00 1.80×" in re.sub(r"\s+", " ", Page(index.read_text()).text)
+    assert "demo made-up/Small-Target 3.00 1.80× 1.60 to 2.00 rejected" in re.sub(
+        r"\s+", " ", Page(index.read_text()).text
+    )
 
 
 def test_a_draft_stands_beside_the_champion_of_its_time(tmp_path: Path) -> None:
