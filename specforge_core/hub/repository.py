@@ -102,7 +102,7 @@ def publish_directory(
         if isinstance(content, Path) and sha256 != recorded.get(file_name, sha256):
             raise ValueError(
                 f"{content} has changed since it was made: its sha256 is {sha256} and was {recorded[file_name]}; "
-                "remove it and build again, which makes it again"
+                "remove it and build again: its stage makes it anew"
             )
     content_id = digest(wanted)
     versions = root / VERSIONS / name
