@@ -1,6 +1,7 @@
 """Servers that a build uses: Prefect's API, the MLflow page. Supervised, so that none outlives its starter."""
 
 import atexit
+import http.client
 import os
 import socket
 import sys
@@ -48,7 +49,7 @@ def is_up(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             return bool(response.status == 200)
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError):
         return False
 
 

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from socketserver import BaseRequestHandler, TCPServer
 from threading import Thread
 from typing import Any
 
@@ -59,6 +60,22 @@ def test_a_tracker_that_cannot_be_opened_is_said_before_anything_starts(
     printed = capsys.readouterr()
     assert f"MLflow cannot open {tmp_path / 'store/mlflow.db'}" in printed.err
     assert "starting" not in printed.out
+
+
+def test_a_port_of_something_that_speaks_no_http_is_refused_too(
+    manifest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Greeter(BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(b"SSH-2.0-made-up\r\n")
+
+    with TCPServer(("127.0.0.1", 0), Greeter) as server:
+        Thread(target=server.serve_forever).start()
+        port = str(server.server_address[1])
+        status = cli.main(["--manifest", str(manifest), "up", "--prefect-port", port])
+        server.shutdown()
+    assert status == 2
+    assert f"port {port} of 127.0.0.1: Address already in use" in capsys.readouterr().err
 
 
 def test_deployments_are_given_the_manifest_and_the_store_of_the_command(
