@@ -120,7 +120,8 @@ def test_a_deployment_run_that_is_given_nothing_builds_the_manifest_of_up(servic
 
 def test_everything_that_is_started_listens_on_loopback_alone(services: Services) -> None:
     found = listening(services.process)
-    ports = {int(port) for port in re.findall(r"http://127\.0\.0\.1:(\d+)", services.log.read_text())}
+    said = re.findall(r"^(?:Prefect|MLflow): +http://127\.0\.0\.1:(\d+)$", services.log.read_text(), re.MULTILINE)
+    ports = set(map(int, said))
     assert {port for _, port in found} >= ports
     assert len(ports) == 2, "Prefect's and MLflow's"
     assert {ip for ip, _ in found} <= LOOPBACK, found
@@ -248,8 +249,13 @@ def test_a_run_that_falls_silent_becomes_crashed(tmp_path: Path, services: Servi
                     await asyncio.sleep(0.2)
             return names
 
-    with temporary_settings({PREFECT_API_URL: services.env["PREFECT_API_URL"]}):
-        assert asyncio.run(run_and_fall_silent()) == ["Crashed", "Running"]
+    try:
+        with temporary_settings({PREFECT_API_URL: services.env["PREFECT_API_URL"]}):
+            assert asyncio.run(run_and_fall_silent()) == ["Crashed", "Running"]
+    finally:
+        # Real runs are silent for 30 s.
+        deleted = services.prefect("automation", "delete", "--all")
+        assert deleted.returncode == 0, deleted.stdout + deleted.stderr
 
 
 def test_every_pool_and_deployment_of_the_fleet_is_one_that_a_server_takes(services: Services) -> None:
