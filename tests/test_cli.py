@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from prefect.settings import Settings
 
 from specforge_core import cli
 from specforge_core.artifacts import Store
@@ -31,6 +32,14 @@ def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # A command sets what its environment lacks; here that must not outlive the test.
     monkeypatch.setattr(os, "environ", os.environ.copy() | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"})
     return tmp_path
+
+
+def test_prefect_reports_nothing_and_its_pages_advertise_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().server.ui.show_promotional_content
+    for name, value in cli.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    server = Settings().server
+    assert (server.analytics_enabled, server.ui.show_promotional_content) == (False, False)
 
 
 def test_plan_says_for_each_entry_what_a_build_would_do(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
