@@ -201,8 +201,13 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
 
-    def find(self, stage: str, key: str, facts_type: type[FactsT]) -> Artifact[FactsT] | None:
-        """The whole artifact under this key, or None. A damaged one is reported and counts as absent."""
+    def find(
+        self, stage: str, key: str, facts_type: type[FactsT], *, read_content: bool = False
+    ) -> Artifact[FactsT] | None:
+        """The whole artifact under this key, or None. A damaged one is reported and counts as absent.
+
+        Args: read_content: as of `damaged_files`.
+        """
         directory = self.root / stage / key
         try:
             artifact = load_artifact(directory, facts_type)
@@ -211,7 +216,7 @@ class Store:
         except ValidationError as error:
             logger.warning("%s has an unreadable %s, so it is built again: %s", directory, RECORD_NAME, error)
             return None
-        if damaged := damaged_files(artifact):
+        if damaged := damaged_files(artifact, read_content=read_content):
             logger.warning(
                 "%s misses or has changed %d of %d files, so it is built again; the first one is %s",
                 directory,

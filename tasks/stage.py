@@ -38,6 +38,8 @@ P = ParamSpec("P")
 Logger = logging.Logger | logging.LoggerAdapter[Any]
 
 CPU_SLOT = "cpu"
+READ_BEFORE_REUSE = frozenset({"export"})
+"""Stages of whose stored files every byte is read: these are the weights that are measured and published."""
 MIRROR_VARIABLE = "SPECBUNDLE_MIRROR"
 """URL of a mirror: artifacts are taken from there before they are built, and go there once they are."""
 NODES_VARIABLE = "PET_NNODES"
@@ -109,7 +111,7 @@ def run_stage(spec: StageSpec, build: EntryBuild) -> StageResult[Any]:
     mirror raises if it cannot be reached: its artifacts may be worth days.
     """
     store, stage, key = Store(build.store), spec.stage, spec.key()
-    mirror, found = _mirror(), store.find(stage, key, spec.facts_type)
+    mirror, found = _mirror(), _find(spec, key, store)
     result = StageResult(found, is_reused=True) if found else _build(spec, key, build, store, mirror)
     record_stage(build.store, build.recipe.entry.name, stage=stage, key=key)
     if mirror:
@@ -119,6 +121,10 @@ def run_stage(spec: StageSpec, build: EntryBuild) -> StageResult[Any]:
         build.tracking.log_metrics_file(result.artifact.path / METRICS_NAME, stage=stage)
     build.tracking.log_artifact_record(result.artifact)
     return result
+
+
+def _find(spec: StageSpec, key: str, store: Store) -> Artifact[Any] | None:
+    return store.find(spec.stage, key, spec.facts_type, read_content=spec.stage in READ_BEFORE_REUSE)
 
 
 def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store, mirror: Mirror | None) -> StageResult[Any]:
@@ -131,7 +137,7 @@ def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store, mirror: M
 
     with store.building(spec.stage, key) as (directory, lock_fd):
         # Another build may have made it while this one waited.
-        if found := store.find(spec.stage, key, spec.facts_type):
+        if found := _find(spec, key, store):
             return StageResult(found, is_reused=True)
         if mirror and (taken := _pull(mirror, store, spec.stage, key, spec.facts_type, directory)):
             return StageResult(taken, is_reused=True)

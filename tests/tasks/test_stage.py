@@ -55,6 +55,18 @@ def test_an_artifact_with_a_lost_file_is_built_again(build: EntryBuild) -> None:
     assert (again.artifact.path / "echo.txt").read_text() == "hello"
 
 
+def test_what_is_measured_and_published_is_read_before_it_is_reused(
+    build: EntryBuild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = run_stage(EchoSpec(text="hello"), build).artifact
+    (artifact.path / "echo.txt").write_text("jello")
+    assert run_stage(EchoSpec(text="hello"), build).is_reused
+    monkeypatch.setattr(stage_module, "READ_BEFORE_REUSE", {"echo"})
+    again = run_stage(EchoSpec(text="hello"), build)
+    assert not again.is_reused
+    assert (again.artifact.path / "echo.txt").read_text() == "hello"
+
+
 def test_a_failing_stage_says_what_it_said_last_and_where_all_of_it_is(build: EntryBuild) -> None:
     with pytest.raises(StageError, match="out of breath") as caught:
         run_stage(EchoSpec(text="hello", behaviour="fail"), build)
