@@ -29,6 +29,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Running
 
 from flows.specbundle import specbundle
+from flows.up import DEPLOYMENTS
 from specforge_core.gpus import list_gpus
 from specforge_core.ledger import load_entry_record
 from tests.factory import gpu_entry, make_factory, tiny_entry
@@ -265,7 +266,10 @@ def test_every_pool_and_deployment_of_the_fleet_is_one_that_a_server_takes(servi
         ("specbundle-docker", "--type", "docker"),
         ("specbundle-kubernetes", "--type", "kubernetes", "--base-job-template", "pools/kubernetes.json"),
     )
-    for arguments in (*(("work-pool", "create", *pool) for pool in pools), ("deploy", "--all")):
+    deployments = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())["deployments"]
+    # Those of `up` have its manifest by now.
+    fleet = [word for one in deployments if one["name"] not in DEPLOYMENTS for word in ("--name", one["name"])]
+    for arguments in (*(("work-pool", "create", *pool) for pool in pools), ("deploy", *fleet)):
         done = services.prefect(*arguments)
         assert done.returncode == 0, done.stdout + done.stderr
     for name, variable, value in (("docker", "auto_remove", "True"), ("kubernetes", "gpus", "8")):
