@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Extra options of pip, e.g. PIP_OPTIONS='--extra-index-url https://download.pytorch.org/whl/cpu' for a smaller torch.
 PIP_OPTIONS ?=
+# Extra options of pytest, e.g. PYTEST_OPTIONS=--last-failed.
+PYTEST_OPTIONS ?=
 # Where specforge_core/demo/inflated_manifest.yaml looks for the enlarged target.
 INFLATED := $(HOME)/.cache/specbundle/demo-llama-3.1-8b
 
@@ -38,10 +40,10 @@ has-gpu:
 		{ echo "bundle-8b needs a GPU, and nvidia-smi lists none; \`make bundle\` builds what a CPU can" >&2; exit 1; }
 
 test: setup  ## Run the tests, without those that take minutes, two files at a time.
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_OPTIONS)
 
 test-slow: setup $(SPECULATORS)/.installed  ## Run the tests that take minutes: real servers, end to end.
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --timeout 900 --durations=15
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --timeout 900 --durations=15 $(PYTEST_OPTIONS)
 	PYTHONPATH=$(SPECULATORS) $(BIN)/python -m pytest -m slow tests/export/test_speculators_package.py
 
 lint: setup  ## Check format, style and types.
