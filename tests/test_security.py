@@ -257,8 +257,7 @@ def test_workflows_can_read_the_repository_and_nothing_else(name: str) -> None:
 
 def test_ci_makes_what_the_local_run_makes_and_audits_every_tested_version() -> None:
     targets = [leg["target"] for leg in workflow("ci.yml")["jobs"]["make"]["strategy"]["matrix"]["include"]]
-    local = [word for line in re.findall(r"^make (.*)$", (ROOT / ".ci/run").read_text(), re.M) for word in line.split()]
-    assert targets == local
+    assert targets == re.findall(r"^make ([a-z-]+)", (ROOT / ".ci/run").read_text(), re.M)
     audit = workflow("audit.yml")
     assert "schedule" in audit[True]
     kinds = audit["jobs"]["audit"]["strategy"]["matrix"]["kind"]
