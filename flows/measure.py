@@ -118,12 +118,11 @@ def markdown(result: FactoryResult) -> str:
         for repeat, run in enumerate(runs, start=1)
     ]
     made_on = result.environment
-    versions = ", ".join(f"{name} {version}" for name, version in made_on.versions.items())
     return (
         f"# What building `{result.entry}` takes\n\n{markdown_table(rows)}\n\n"
         f"`specbundle build --only {result.entry}`, packages installed. Memory is the largest sum over the build's "
         "processes; what they share counts once for each. Stage seconds leave out the start of the stage's process.\n\n"
-        f"{result.num_cores} cores of {made_on.cpu}, a shared machine; {versions}; commit {made_on.commit}.\n\n"
+        f"{result.num_cores} cores of {made_on.cpu}, a shared machine; {made_on.packages}; commit {made_on.commit}.\n\n"
         f"```\n{made_on.command}\n```\n"
     )
 

@@ -110,6 +110,14 @@ def write_atomically(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_result(directory: Path, stem: str, result: Record, text: str) -> Path:
+    """A measurement as `<stem>.json`, and for people as `<stem>.md`, which is returned."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / f"{stem}.json", result.model_dump_json(indent=1) + "\n")
+    write_atomically(path := directory / f"{stem}.md", text)
+    return path
+
+
 def seal(
     directory: Path,
     facts: FactsT,

@@ -88,6 +88,11 @@ class Environment(Record):
     commit: str | None
     command: str
 
+    @property
+    def packages(self) -> str:
+        """Their versions in a line."""
+        return ", ".join(f"{name} {version}" for name, version in self.versions.items())
+
 
 class Lossless(Record):
     """Outputs with draft against outputs without, by prompt."""

@@ -21,10 +21,11 @@ from typing import Literal, get_args
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
+from specforge_core.artifacts import write_result
 from specforge_core.benchmark import server as server_module
 from specforge_core.benchmark.rates_capture import HOOKS_FLAG, CaptureRates, make_work, write_rate
 from specforge_core.benchmark.rates_regenerate import RegenerateRates, RegenerateWork
-from specforge_core.benchmark.rates_results import Comparison, Pass, ServingRates, rates_table, write_rates
+from specforge_core.benchmark.rates_results import Comparison, Pass, ServingRates, markdown, rates_table
 from specforge_core.benchmark.server import Launch, SupervisedServer, gpu_groups, running_servers
 from specforge_core.benchmark.server_flags import Options
 from specforge_core.demo.inflated import inflated_target
@@ -76,7 +77,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> ServingRates:
         rates = rates.model_copy(update={"servers": {name: server.record() for name, server in servers.items()}})
         for comparison in _comparisons(arguments, servers, capture, work, scratch):
             rates = rates.model_copy(update={"comparisons": (*rates.comparisons, comparison)})
-            write_rates(rates, arguments.out, stem)
+            write_result(arguments.out, stem, rates, markdown(rates))
     return rates
 
 

@@ -1,13 +1,11 @@
 """What the factory's stages get out of a server, against what it can do: typed results and markdown. Torch-free."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Literal
 
 from pydantic import Field
 
-from specforge_core.artifacts import write_atomically
 from specforge_core.benchmark.tables import markdown_table
 from specforge_core.facts import Environment, Record, ServerRecord
 
@@ -79,23 +77,15 @@ class ServingRates(Record):
     comparisons: tuple[Comparison, ...] = ()
 
 
-def write_rates(rates: ServingRates, directory: Path, stem: str) -> None:
-    """`<stem>.json` and `<stem>.md`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / f"{stem}.json", rates.model_dump_json(indent=1) + "\n")
-    write_atomically(directory / f"{stem}.md", markdown(rates))
-
-
 def markdown(rates: ServingRates) -> str:
     """The results for people."""
     made_on = rates.environment
-    versions = ", ".join(f"{name} {version}" for name, version in made_on.versions.items())
     sections = [
         "# What capture and regeneration get out of a server",
         EXPLANATION,
         *([rates.note] if rates.note else []),
         rates_table(rates),
-        f"Target: {rates.target}. {made_on.gpu or made_on.cpu}; {versions}; commit {made_on.commit}; "
+        f"Target: {rates.target}. {made_on.gpu or made_on.cpu}; {made_on.packages}; commit {made_on.commit}; "
         f"`{made_on.command}`." + _disk(rates),
     ]
     if rates.servers:

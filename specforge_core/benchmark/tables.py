@@ -171,11 +171,10 @@ def server_rows(result: BenchmarkResult) -> list[dict[str, str]]:
 def measured_on(result: BenchmarkResult) -> str:
     """One sentence: engine, processor, threads, GPU, versions, commit."""
     environment = result.environment
-    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
     servers = sorted({server.version for server in result.servers.values()})
     engine = f"SGLang {', '.join(servers)}; " if servers else ""
     return (
-        f"{engine}{environment.gpu or 'No GPU'}; {processor(environment)}; {versions}; "
+        f"{engine}{environment.gpu or 'No GPU'}; {processor(environment)}; {environment.packages}; "
         f"commit {environment.commit or 'unknown'}."
     )
 

@@ -22,7 +22,7 @@ import torch
 import triton.testing
 from torch import Tensor
 
-from specforge_core.artifacts import write_atomically
+from specforge_core.artifacts import write_result
 from specforge_core.benchmark.tables import markdown_table
 from specforge_core.environment import environment, hardware_stem
 from specforge_core.facts import Environment, Record
@@ -235,7 +235,6 @@ def measure(cases: Sequence[Case], made_on: Environment) -> KernelReport:
 def markdown(report: KernelReport) -> str:
     """The report for people."""
     made_on, ceilings = report.environment, report.ceilings
-    versions = ", ".join(f"{name} {version}" for name, version in made_on.versions.items())
     failures = "".join(
         f"* **{name}** failed its check and was not timed: {message}\n" for name, message in report.failures.items()
     )
@@ -252,7 +251,7 @@ def markdown(report: KernelReport) -> str:
     )
     return (
         f"# Kernels on {made_on.gpu}\n\n{table}\n\n{failures}{legend}\n\n"
-        f"{versions}; commit {made_on.commit or 'unknown'}; {report.seconds:.0f} s in all.\n\n"
+        f"{made_on.packages}; commit {made_on.commit or 'unknown'}; {report.seconds:.0f} s in all.\n\n"
         f"```\n{made_on.command}\n```\n"
     )
 
@@ -283,11 +282,7 @@ def _milliseconds(timing: Timing | None) -> str:
 
 def write_report(directory: Path, report: KernelReport) -> Path:
     """The markdown file written; its typed twin lies beside it."""
-    name = hardware_stem(report.environment)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / f"{name}.json", report.model_dump_json(indent=1) + "\n")
-    write_atomically(directory / f"{name}.md", markdown(report))
-    return directory / f"{name}.md"
+    return write_result(directory, hardware_stem(report.environment), report, markdown(report))
 
 
 def main() -> int:

@@ -16,12 +16,13 @@ from typing import get_args
 
 import torch
 
+from specforge_core.artifacts import write_result
 from specforge_core.environment import environment, hardware_stem
 from specforge_core.training.bench.lengths import Lengths
 from specforge_core.training.bench.measure import measure_card
 from specforge_core.training.bench.paths import PATHS
 from specforge_core.training.bench.plot import plot_results
-from specforge_core.training.bench.results import TrainingBench, markdown, write_results
+from specforge_core.training.bench.results import TrainingBench, markdown
 from specforge_core.training.bench.run import Settings, measured_rows, measured_step_rows
 from specforge_core.training.bench.shapes import SHAPES, peak_flops
 from specforge_core.training.workers import compute_dtype
@@ -36,7 +37,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if arguments.plot:
         result = TrainingBench.model_validate_json(arguments.plot.read_text(encoding="utf-8"))
-        write_results(result, arguments.plot.parent, arguments.plot.stem)
+        write_result(arguments.plot.parent, arguments.plot.stem, result, markdown(result, arguments.plot.stem))
         plot_results(result, arguments.plot.with_suffix(".svg"))
         return 0
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -75,11 +76,11 @@ def run(settings: Settings, arguments: argparse.Namespace) -> TrainingBench:
     stem = arguments.name or hardware_stem(made_on)
     for row in measured_rows(settings, card):
         result = result.model_copy(update={"rows": (*result.rows, row)})
-        write_results(result, arguments.out, stem)
+        write_result(arguments.out, stem, result, markdown(result, stem))
     if arguments.step:
         for step_row in measured_step_rows(settings):
             result = result.model_copy(update={"step_rows": (*result.step_rows, step_row)})
-            write_results(result, arguments.out, stem)
+            write_result(arguments.out, stem, result, markdown(result, stem))
     plot_results(result, arguments.out / f"{stem}.svg")
     sys.stdout.write(markdown(result, stem))
     return result

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 
-from specforge_core.artifacts import write_atomically
+from specforge_core.artifacts import write_result
 from specforge_core.benchmark.tables import markdown_table, processor
 from specforge_core.facts import Conversations, Environment, Record
 from specforge_core.manifest_sections import DraftConfig, FeatureDtype, TrainingConfig
@@ -78,9 +78,7 @@ def load_study(path: Path) -> Float8Study:
 
 def write_study(study: Float8Study, directory: Path) -> None:
     """`float8.json` and `float8.md`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / f"{NAME}.json", study.model_dump_json(indent=1) + "\n")
-    write_atomically(directory / f"{NAME}.md", markdown(study))
+    write_result(directory, NAME, study, markdown(study))
 
 
 def markdown(study: Float8Study) -> str:
@@ -101,7 +99,6 @@ with the lowest and the highest; the difference is to the draft of the same seed
 
 def _sections(run: StudyRun) -> list[str]:
     target, training, made_on = run.target, run.training, run.environment
-    versions = ", ".join(f"{name} {version}" for name, version in made_on.versions.items())
     where = f"{made_on.gpu}; {processor(made_on)}" if made_on.gpu else processor(made_on)
     sizes = ", ".join(f"{size / MIB:,.0f} MiB in {dtype}" for dtype, size in run.feature_bytes.items())
     return [
@@ -112,7 +109,7 @@ def _sections(run: StudyRun) -> list[str]:
         f"take {sizes}. A draft sees the others {training.num_epochs} times, "
         f"{training.tokens_per_batch:,} tokens a step, with {run.draft.num_steps} steps of training-time test.",
         markdown_table(_rows(run)),
-        f"{where}; {versions}; commit {made_on.commit}; `{made_on.command}`.",
+        f"{where}; {made_on.packages}; commit {made_on.commit}; `{made_on.command}`.",
     ]
 
 

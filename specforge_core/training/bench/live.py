@@ -23,7 +23,14 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 
-from specforge_core.artifacts import LOG_NAME, METRICS_NAME, SERVERS_DIRECTORY, SPEC_NAME, write_atomically
+from specforge_core.artifacts import (
+    LOG_NAME,
+    METRICS_NAME,
+    SERVERS_DIRECTORY,
+    SPEC_NAME,
+    write_atomically,
+    write_result,
+)
 from specforge_core.data.loader import FeatureSet
 from specforge_core.data.shards import load_index, plan_shards
 from specforge_core.data.spool import Order, Production, SpoolReader, spool_folder
@@ -43,7 +50,7 @@ from specforge_core.training.bench.live_results import (
     Rate,
     Setup,
     live_table,
-    write_live,
+    markdown,
 )
 from specforge_core.training.bench.live_work import LiveWork, make_live_work, seal_features, shard_name
 from specforge_core.training.live import Producer, producer_environment
@@ -117,7 +124,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> LiveBench:
     def note(**found: Any) -> None:
         nonlocal result
         result = result.model_copy(update=found)
-        write_live(result, arguments.out, stem)
+        write_result(arguments.out, stem, result, markdown(result))
 
     logger.info("serving alone: %d documents of %d tokens, %s", len(work.documents), work.num_tokens, work.name)
     serving = producer_environment(environ, gpus[len(gpus) - arguments.serve_gpus :])

@@ -1,9 +1,7 @@
 """What training on live features reaches against its two sides alone: a typed result and markdown. Torch-free."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from specforge_core.artifacts import write_atomically
 from specforge_core.benchmark.tables import markdown_table
 from specforge_core.facts import Environment, Record, ServerRecord
 
@@ -102,17 +100,9 @@ class LiveBench(Record):
         return tuple(rate / limit for rate in (sustained.tokens_per_s, *sustained.by_interval))
 
 
-def write_live(result: LiveBench, directory: Path, stem: str) -> None:
-    """`<stem>.json` and `<stem>.md`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / f"{stem}.json", result.model_dump_json(indent=1) + "\n")
-    write_atomically(directory / f"{stem}.md", markdown(result))
-
-
 def markdown(result: LiveBench) -> str:
     """The result for people."""
     made_on, setup = result.environment, result.setup
-    versions = ", ".join(f"{name} {version}" for name, version in made_on.versions.items())
     sections = [
         f"# Training on live features, {made_on.gpu or made_on.cpu}",
         EXPLANATION,
@@ -120,7 +110,7 @@ def markdown(result: LiveBench) -> str:
         live_table(result),
         f"Target: {setup.target}. {setup.documents}, {setup.supervised_share:.0%} of the tokens supervised, features "
         f"in {setup.features_dtype}. S = {setup.num_steps}, {setup.tokens_per_micro_batch:,} tokens a micro-batch, "
-        f"{setup.tokens_per_batch:,} a step, a buffer of {setup.buffer_gib:g} GiB. {versions}; commit "
+        f"{setup.tokens_per_batch:,} a step, a buffer of {setup.buffer_gib:g} GiB. {made_on.packages}; commit "
         f"{made_on.commit}; `{made_on.command}`.",
     ]
     if result.server:

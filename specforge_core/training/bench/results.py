@@ -1,12 +1,10 @@
 """What the training benchmark records, as JSON, as markdown and as a plot. Torch-free."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 
 from pydantic import Field
 
-from specforge_core.artifacts import write_atomically
 from specforge_core.benchmark.tables import markdown_table
 from specforge_core.facts import Environment, Record
 from specforge_core.training.bench.lengths import Lengths
@@ -114,17 +112,9 @@ class TrainingBench(Record):
     step_rows: tuple[StepRow, ...] = ()
 
 
-def write_results(result: TrainingBench, directory: Path, stem: str) -> None:
-    """`<stem>.json` and `<stem>.md`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / f"{stem}.json", result.model_dump_json(indent=1) + "\n")
-    write_atomically(directory / f"{stem}.md", markdown(result, stem))
-
-
 def markdown(result: TrainingBench, stem: str) -> str:
     """The result for people."""
     made_on = result.environment
-    versions = ", ".join(f"{name} {version}" for name, version in made_on.versions.items())
     peak = f"{result.peak_flops / TERA:.0f} TFLOP/s by its data sheet, " if result.peak_flops else ""
     # Measured path by path, read batch by batch.
     mixes = list(dict.fromkeys((row.shape, row.lengths, row.share) for row in result.rows))
@@ -136,7 +126,7 @@ def markdown(result: TrainingBench, stem: str) -> str:
         f"{max((len(row.ms) for row in result.rows), default=0)} steps after {result.num_warm_ups} warm-ups, with the "
         f"fastest and the slowest. {peak}{result.matmul_flops / TERA:.0f} TFLOP/s in a large matrix product, "
         f"{result.copy_bytes_per_s / GIGA:,.0f} GB/s in a copy.",
-        f"{versions}; commit {made_on.commit}; `{made_on.command}`.",
+        f"{made_on.packages}; commit {made_on.commit}; `{made_on.command}`.",
         "",
         "## Forward and backward pass",
         "",

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from specforge_core.artifacts import write_result
 from specforge_core.data.loader import deal, plan_epoch, plan_steps
 from specforge_core.drafts.base import DraftBatch
 from specforge_core.environment import environment, hardware_stem
@@ -34,7 +35,7 @@ from specforge_core.training.bench.lengths import (
     draw_conversations,
 )
 from specforge_core.training.bench.measure import release_memory
-from specforge_core.training.bench.several_results import FSDP2, OURS, SeveralBench, SeveralRow, write_results
+from specforge_core.training.bench.several_results import FSDP2, OURS, SeveralBench, SeveralRow, markdown
 from specforge_core.training.bench.shapes import SHAPES, Shape, dense_flops, peak_flops, useful_flops
 from specforge_core.training.optim import build_optimizers
 from specforge_core.training.parallel import parallelize
@@ -285,7 +286,7 @@ def main() -> int:
             if workers.is_first:
                 logger.info("%s: %.0f tokens/s per GPU", row.model_dump_json(), row.tokens_per_s_per_gpu)
                 result = result.model_copy(update={"rows": (*result.rows, row)})
-                write_results(result, arguments.out, stem)
+                write_result(arguments.out, stem, result, markdown(result))
     return 0
 
 

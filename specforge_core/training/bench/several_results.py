@@ -2,11 +2,9 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from specforge_core.artifacts import write_atomically
 from specforge_core.benchmark.tables import markdown_table
 from specforge_core.facts import Environment, Record
 from specforge_core.training.bench.lengths import Lengths
@@ -94,17 +92,9 @@ class Distance(NamedTuple):
         return max(("communication", "waiting", "computing"), key=lambda name: getattr(self, name))
 
 
-def write_results(result: SeveralBench, directory: Path, stem: str) -> None:
-    """`<stem>.json` and `<stem>.md`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / f"{stem}.json", result.model_dump_json(indent=1) + "\n")
-    write_atomically(directory / f"{stem}.md", markdown(result))
-
-
 def markdown(result: SeveralBench) -> str:
     """The result for people."""
     made_on = result.environment
-    versions = ", ".join(f"{name} {version}" for name, version in made_on.versions.items())
     lines = [
         f"# EAGLE-3 training on several GPUs, {made_on.gpu or made_on.cpu}",
         "",
@@ -113,7 +103,7 @@ def markdown(result: SeveralBench) -> str:
         f"behind {result.num_warm_ups} warm-ups, 2 where a step takes seconds, with the fastest and the slowest. "
         "Every replica has micro-batches of its own, of the same sizes; those of real lengths are dealt out among "
         "the replicas.",
-        f"{versions}; commit {made_on.commit}; `{made_on.command}`.",
+        f"{made_on.packages}; commit {made_on.commit}; `{made_on.command}`.",
         "",
         markdown_table([_cells(row, result) for row in result.rows]),
         "",

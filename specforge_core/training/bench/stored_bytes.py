@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from specforge_core.artifacts import write_atomically
+from specforge_core.artifacts import write_result
 from specforge_core.benchmark.tables import markdown_table
 from specforge_core.data.shards import load_index
 from specforge_core.environment import environment
@@ -121,9 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         width=shape.width,
         rows=tuple(measured_rows(shape, arguments.tokens)),
     )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(arguments.out / f"{STEM}.json", result.model_dump_json(indent=1) + "\n")
-    write_atomically(arguments.out / f"{STEM}.md", text := markdown(result))
+    write_result(arguments.out, STEM, result, text := markdown(result))
     sys.stdout.write(text)
     return 0
 
