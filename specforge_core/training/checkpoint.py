@@ -115,6 +115,11 @@ class Checkpointer:
         assert isinstance(writing, Future)
         self._writing = writing
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether this process still writes the last checkpoint, or the first one waits for others that do."""
+        return self._writing is not None and not self._writing.done()
+
     def finish(self) -> None:
         """Return when the last checkpoint is whole. Raises: what it failed by."""
         writing, self._writing = self._writing, None

@@ -111,8 +111,10 @@ def test_a_checkpoint_is_of_the_moment_when_it_was_begun(tmp_path: Path, monkeyp
     trainee.checkpointer.save(state(1))
     expected = trainee.take_steps(2)
     assert names(tmp_path) == []
+    assert trainee.checkpointer.is_writing
     may_write.set()
     trainee.checkpointer.finish()
+    assert not trainee.checkpointer.is_writing
 
     trainee.checkpointer.load(tmp_path / "step-00000001", key="mine")
     assert trainee.take_steps(2) == expected

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
 from specforge_core.environment import environment
 from specforge_core.training.bench.batch import make_draft
@@ -45,6 +46,15 @@ def test_checkpoints_of_one_process_are_those_of_a_training(tmp_path: Path):
     assert len(checkpoints(tmp_path)) == NUM_KEPT
     draft = make_draft(SHAPES["tiny"], num_steps=2, seed=0, device=torch.device("cpu"))
     assert row.size_bytes > BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in draft.parameters())
+
+
+def test_a_full_disk_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def out_of_space(self, metadata, results) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(FileSystemWriter, "finish", out_of_space)
+    with pytest.raises(BaseException, match="no space left"):
+        measured("tiny", tmp_path, Workers(0, 1, torch.device("cpu")), num_steps=2, num_saves=2, num_alone=1)
 
 
 def _beside(num_processes: int, directory: Path, rank: int) -> list[int]:

@@ -29,7 +29,7 @@ from specforge_core.training.bench.lengths import Turn
 from specforge_core.training.bench.measure import release_memory
 from specforge_core.training.bench.results import GIB, MILLISECONDS
 from specforge_core.training.bench.shapes import SHAPES
-from specforge_core.training.checkpoint import Checkpointer, TrainingState, checkpoints, load_state
+from specforge_core.training.checkpoint import Checkpointer, TrainingState
 from specforge_core.training.optim import build_optimizers
 from specforge_core.training.parallel import parallelize
 from specforge_core.training.step import train_step
@@ -124,7 +124,7 @@ def measured_save(
     state = TrainingState(key=KEY, step=number, tokens_seen=0)
     held_up_ms = timed_ms(lambda: checkpointer.save(state), workers)
     beside_ms = []
-    while not _is_whole(checkpointer, number, workers):
+    while _is_writing(checkpointer, workers):
         beside_ms.append(timed_ms(step, workers))
     checkpointer.finish()
     whole_s = time.perf_counter() - started_at
@@ -141,12 +141,11 @@ def timed_ms(call: Callable[[], object], workers: Workers) -> float:
     return MILLISECONDS * (time.perf_counter() - started_at)
 
 
-def _is_whole(checkpointer: Checkpointer, number: int, workers: Workers) -> bool:
-    """What the first process sees, in all of them: each takes as many steps."""
-    whole = checkpoints(checkpointer.directory) if workers.is_first else []
-    found = torch.tensor(sum(load_state(path).step == number for path in whole), device=workers.device)
-    workers.add_up([found])
-    return bool(found)
+def _is_writing(checkpointer: Checkpointer, workers: Workers) -> bool:
+    """Whether any process still writes: each takes as many steps."""
+    num_writing = torch.tensor(int(checkpointer.is_writing), device=workers.device)
+    workers.add_up([num_writing])
+    return bool(num_writing)
 
 
 def markdown(result: CheckpointBench) -> str:
