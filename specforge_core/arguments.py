@@ -1,7 +1,11 @@
-"""Types of command-line options, which refuse what is out of range as argparse reads it. Torch-free."""
+"""Command-line options: types, which refuse what is out of range as argparse reads it; and those of each measurement.
+
+Torch-free.
+"""
 
 import argparse
 import math
+from pathlib import Path
 
 MAX_PORT = 65_535
 
@@ -29,3 +33,10 @@ def positive_float(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is no number above 0")
     return number
+
+
+def add_report_options(parser: argparse.ArgumentParser, directory: Path) -> None:
+    """Add what a program that measures is told of its report. Args: directory: where it goes by default."""
+    parser.add_argument("--out", type=Path, default=directory, help="default: %(default)s")
+    parser.add_argument("--name", help="of the files; the hardware's when absent")
+    parser.add_argument("--commit", help="of these sources, where they lie outside a checkout")

@@ -8,12 +8,17 @@ from specforge_core.manifest_sections import DraftConfig
 NUM_AUX_LAYERS = 3
 
 
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes of the language model in a `config.json`, which may be that of one that sees and hears, too."""
+    return {**config, **config.get("text_config", {})}
+
+
 def check_draft(draft: DraftConfig, target_config: Mapping[str, Any]) -> None:
     """Return if the target of this `config.json` allows the draft; a size that it leaves out is left to the stages.
 
     Raises: ValueError as the stages `vocabulary` and `capture` would.
     """
-    text = {**target_config, **target_config.get("text_config", {})}
+    text = text_config(target_config)
     if (vocab_size := text.get("vocab_size")) is not None:
         check_draft_vocab_size(draft.draft_vocab_size, vocab_size)
     if (num_layers := text.get("num_hidden_layers")) is not None:

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,6 +21,7 @@ from prefect.states import Completed
 from specforge_core.artifacts import LOG_NAME, METRICS_NAME, SPEC_NAME, Artifact, Store, write_atomically
 from specforge_core.facts import Record
 from specforge_core.gpus import NO_DEVICES, Lease, lease_devices
+from specforge_core.launch import LOOPBACK, NODES_VARIABLE, spans_nodes, stage_command
 from specforge_core.ledger import record_stage
 from specforge_core.manifest_publish import Destination
 from specforge_core.manifest_sections import Config
@@ -42,11 +42,6 @@ READ_BEFORE_REUSE = frozenset({"export"})
 """Stages of whose stored files every byte is read: these are the weights that are measured and published."""
 MIRROR_VARIABLE = "SPECBUNDLE_MIRROR"
 """URL of a mirror: artifacts are taken from there before they are built, and go there once they are."""
-NODES_VARIABLE = "PET_NNODES"
-"""torchrun's own name, as is PET_RDZV_ENDPOINT (host:port on one of the nodes), which it wants beside. With both set a
-training spans so many nodes: it waits until the command that it logs runs on the others, over the same store."""
-LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
-"""For processes that train together on one host; gloo would listen at the host's own address."""
 RETRY_DELAYS_S = [5.0, 30.0]
 TELLS_NOTHING = re.compile(
     r"(\[rank\d+\]:)?([\s=^~-]*$|\s*Traceback |\s*File \"| {4}|\s*warnings\.warn|.*[Ww]arning: )"
@@ -155,7 +150,7 @@ def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store, mirror: M
                 command,
                 log=log,
                 env={
-                    **({} if _spans_nodes() else LOOPBACK),
+                    **({} if spans_nodes() else LOOPBACK),
                     **os.environ,
                     "CUDA_VISIBLE_DEVICES": ",".join(lease.devices) if spec.device == "cuda" else "",
                 },
@@ -195,26 +190,6 @@ def find_artifact(recorded: Artifact[FactsT], root: Path) -> Artifact[FactsT] | 
 def _mirror() -> Mirror | None:
     url = os.environ.get(MIRROR_VARIABLE)
     return Mirror(url) if url else None
-
-
-def stage_command(spec: StageSpec, spec_path: Path, out: Path) -> list[str]:
-    """The command line of a stage; a spec that asks for several processes, or a training on several nodes, runs under
-    torchrun.
-    """
-    stage = ["-m", "specforge_core", spec.stage, "--spec", str(spec_path), "--out", str(out)]
-    num_processes = getattr(spec, "num_processes", None)
-    if num_processes is None:
-        return [sys.executable, *stage]
-    # Processes of one host meet in a file: torchrun's own way is a port on every interface, and what it reads there is
-    # a pickle. The key tells a job of several nodes from others at the same endpoint.
-    in_a_file = ["--rdzv-conf=store_type=file", "--rdzv-endpoint=", "--local-addr=127.0.0.1"]
-    meeting = [f"--rdzv-id={spec.key()}"] if _spans_nodes() else in_a_file
-    launcher = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", *meeting, f"--nproc-per-node={num_processes}"]
-    return [sys.executable, *(launcher if _spans_nodes() or num_processes > 1 else []), *stage]
-
-
-def _spans_nodes() -> bool:
-    return os.environ.get(NODES_VARIABLE, "1") != "1"
 
 
 def device_lock_dir() -> Path:

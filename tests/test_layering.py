@@ -17,7 +17,8 @@ FORBIDDEN = {
 # The command line is thin and lies over the flows.
 ALLOWED = {"specforge_core/cli.py": {"flows", "tasks"}}
 TORCH_FREE_CORE = (
-    "artifacts benchmark.server cli engine gpus manifest mirror plan process resolve scratch stages supervise".split()
+    "artifacts benchmark.server cli engine gpus launch manifest mirror plan process resolve scratch stages "
+    "supervise".split()
 )
 
 

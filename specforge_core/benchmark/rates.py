@@ -21,6 +21,7 @@ from typing import Literal, get_args
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
+from specforge_core.arguments import add_report_options
 from specforge_core.artifacts import write_result
 from specforge_core.benchmark import server as server_module
 from specforge_core.benchmark.rates_capture import HOOKS_FLAG, CaptureRates, make_work, write_rate
@@ -84,11 +85,10 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> ServingRates:
 def _begin(arguments: argparse.Namespace, config: PretrainedConfig, scratch: Path) -> ServingRates:
     """The result without comparisons."""
     gpu = next((gpu.name for gpu in list_gpus(None)), None)
-    made_on = environment(num_threads=torch.get_num_threads(), gpu=gpu)
     inflated = inflated_target(arguments.target)
     layers, width = config.num_hidden_layers, config.hidden_size
     return ServingRates(
-        environment=made_on.model_copy(update={"commit": arguments.commit or made_on.commit}),
+        environment=environment(num_threads=torch.get_num_threads(), gpu=gpu, named_commit=arguments.commit),
         target=f"{arguments.target.name}, {layers} layers, {width:,} wide, {arguments.dtype}",
         note=inflated.note() if inflated else None,
         disk_bytes_per_s=write_rate(scratch) if CAPTURE in arguments.only else None,
@@ -212,9 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-prompts", type=int, default=384)
     add("--max-new-tokens", type=int, default=256)
     add("--scratch", type=Path, help="where shards are written, on the disk that is to be measured; default: /tmp")
-    add("--out", type=Path, default=Path("reports/serving"))
-    add("--name", help="of the files; the hardware's when absent")
-    add("--commit", help="of these sources, where they lie outside a checkout")
+    add_report_options(parser, Path("reports/serving"))
     return parser
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from specforge_core.cost.target_model import BYTES, TargetModel
-from specforge_core.draft_limits import NUM_AUX_LAYERS, check_draft
+from specforge_core.draft_limits import NUM_AUX_LAYERS, check_draft, text_config
 from specforge_core.manifest_sections import DraftConfig, FeatureDtype, TrainingConfig
 from specforge_core.training.bench.lengths import Conversation, Turn
 from specforge_core.training.bench.shapes import RowCounts, Shape
@@ -29,7 +29,7 @@ def draft_shape(draft: DraftConfig, config: Mapping[str, Any], target: TargetMod
     Raises: ValueError for one that neither has, and for a draft that the target does not allow.
     """
     check_draft(draft, config)
-    text = {**config, **config.get("text_config", {})}
+    text = text_config(config)
     num_heads = draft.num_attention_heads or target.num_heads
     intermediate_size = draft.intermediate_size or text.get("intermediate_size")
     if intermediate_size is None:

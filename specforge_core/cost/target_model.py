@@ -6,6 +6,7 @@ Dense decoders, mixtures of experts, multi-head latent attention (arXiv 2405.044
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from specforge_core.draft_limits import text_config
 from specforge_core.manifest_sections import TargetConfig
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -83,7 +84,7 @@ class TargetModel(NamedTuple):
 
 def target_model(config: Mapping[str, Any], target: TargetConfig) -> TargetModel:
     """The target of a `config.json`. Raises: ValueError that names a size which the config does not have."""
-    text = {**config, **config.get("text_config", {})}
+    text = text_config(config)
     try:
         return _target_model(text, target)
     except KeyError as error:

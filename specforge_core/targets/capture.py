@@ -261,8 +261,7 @@ def document_sizes(conversations: Path, max_tokens: int, held_out_fraction: floa
         num_cut_tokens += len(document.input_ids_T[max_tokens:])
         kept = cut(document, max_tokens)
         if kept.loss_mask_T.any():
-            num_teaching = int(teaching_in_document(kept.loss_mask_T).sum())
-            sizes.append(DocumentSize(len(kept.input_ids_T), num_teaching))
+            sizes.append(document_size(kept))
     if not sizes:
         raise ValueError(
             f"none of {num_read} conversations{' that are held out' if held_out_fraction else ''} has an answer in its "
@@ -273,6 +272,11 @@ def document_sizes(conversations: Path, max_tokens: int, held_out_fraction: floa
         len(sizes), sum(size.num_tokens for size in sizes), num_cut, max_tokens, num_cut_tokens, num_read - len(sizes),
     )  # fmt: skip
     return sizes
+
+
+def document_size(document: Document) -> DocumentSize:
+    """Of the whole document."""
+    return DocumentSize(len(document.input_ids_T), int(teaching_in_document(document.loss_mask_T).sum()))
 
 
 def portable_config(config: PretrainedConfig) -> dict[str, Any]:

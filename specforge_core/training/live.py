@@ -26,7 +26,7 @@ from specforge_core.drafts.base import DraftBatch
 from specforge_core.gpus import visible_devices
 from specforge_core.process import ProcessError, SupervisedProcess
 from specforge_core.stages import USER_ERROR_STATUS, TrainSpec
-from specforge_core.targets.capture import supervised_documents
+from specforge_core.targets.capture import DocumentSize, document_size, supervised_documents
 from specforge_core.targets.live import REQUEST_NAME, Request
 from specforge_core.training.workers import Workers
 
@@ -59,11 +59,7 @@ def live_features(spec: TrainSpec, out: Path, workers: Workers) -> Iterator["Liv
     assert spec.conversations is not None
     limit = spec.training.max_document_tokens
     stored = FeatureSet(spec.hidden_states, max_document_tokens=limit)
-    sizes = {
-        # A token teaches if the next one of its document is an answer's.
-        document.id: (len(document.input_ids_T), int(document.loss_mask_T[1:].sum()))
-        for document in supervised_documents(spec.conversations, limit)
-    }
+    sizes = {document.id: document_size(document) for document in supervised_documents(spec.conversations, limit)}
     max_bytes = int(spec.live.buffer_gib * 2**30)
     with ExitStack() as stack:
         folder = None
@@ -107,7 +103,7 @@ class LiveFeatures(DocumentSet):
 
     def __init__(
         self,
-        sizes: Mapping[str, tuple[int, int]],
+        sizes: Mapping[str, DocumentSize],
         held_out: HeldOut,
         spool: Path,
         workers: Workers,
@@ -115,8 +111,8 @@ class LiveFeatures(DocumentSet):
         *,
         serve_gpus: int,
     ) -> None:
-        """Args: sizes: tokens and teaching tokens by document, cut already; start_producer: called by the first
-        process, once it is said what is wanted; serve_gpus: that the producer has.
+        """Args: sizes: by document, cut already; start_producer: called by the first process, once it is said what is
+        wanted; serve_gpus: that the producer has.
         """
         lengths, num_teaching = zip(*sizes.values(), strict=True)
         super().__init__(list(sizes), lengths, num_teaching, max_document_tokens=None)

@@ -10,10 +10,11 @@ import pytest
 
 from specforge_core.artifacts import LOG_NAME, SPEC_NAME
 from specforge_core.gpus import lease_devices
+from specforge_core.launch import stage_command
 from specforge_core.ledger import load_entry_record
 from specforge_core.process import ProcessError, children_end_on_error
 from tasks import stage as stage_module
-from tasks.stage import CPU_SLOT, MIRROR_VARIABLE, EntryBuild, StageError, run_stage, stage_command
+from tasks.stage import CPU_SLOT, MIRROR_VARIABLE, EntryBuild, StageError, run_stage
 from tests.builds import entry_build
 from tests.tasks.echo import EchoSpec, echo_command
 

@@ -20,14 +20,15 @@ from specforge_core.artifacts import PROGRESS_DIRECTORY, load_artifact
 from specforge_core.benchmark.server import free_port
 from specforge_core.data.loader import FeatureSet
 from specforge_core.facts import DraftCheckpoint
+from specforge_core.launch import LOOPBACK as LOOPBACK_ONLY
+from specforge_core.launch import stage_command
 from specforge_core.manifest_sections import ParallelConfig
 from specforge_core.process import ProcessError, SupervisedProcess
 from specforge_core.stages import TrainSpec
 from specforge_core.training.checkpoint import checkpoints
 from specforge_core.training.metrics import milestones
 from specforge_core.training.train import DRAFT_NAME, main, plan_training
-from tasks.stage import LOOPBACK as LOOPBACK_ONLY
-from tasks.stage import StageError, stage_command
+from tasks.stage import StageError
 from tests.test_security import LOOPBACK, listening
 from tests.training.factory import make_gpu_spec, make_spec
 from tests.training.float64_training import curve

@@ -16,10 +16,11 @@ from typing import get_args
 
 import torch
 
+from specforge_core.arguments import add_report_options
 from specforge_core.artifacts import write_result
-from specforge_core.environment import environment, hardware_stem
+from specforge_core.environment import hardware_stem
 from specforge_core.training.bench.lengths import Lengths
-from specforge_core.training.bench.measure import measure_card
+from specforge_core.training.bench.measure import measure_card, measured_environment
 from specforge_core.training.bench.paths import PATHS
 from specforge_core.training.bench.plot import plot_results
 from specforge_core.training.bench.results import TrainingBench, markdown
@@ -60,17 +61,14 @@ def main() -> int:
 
 def run(settings: Settings, arguments: argparse.Namespace) -> TrainingBench:
     """The result, written after each row."""
-    gpu = torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else None
-    made_on = environment(
-        num_threads=torch.get_num_threads(), gpu=gpu, more_versions=["triton"], named_commit=arguments.commit
-    )
+    made_on = measured_environment(settings.device, arguments.commit)
     card = measure_card(settings.device, compute_dtype(settings.device))
     result = TrainingBench(
         environment=made_on,
         num_steps=settings.num_steps,
         num_warm_ups=settings.num_warm_ups,
         dtype=str(compute_dtype(settings.device)).removeprefix("torch."),
-        peak_flops=peak_flops(gpu),
+        peak_flops=peak_flops(made_on.gpu),
         **card._asdict(),
     )
     stem = arguments.name or hardware_stem(made_on)
@@ -102,9 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--step", action="store_true", help="measure the whole training step from disk, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("reports/training"))
-    parser.add_argument("--name", help="of the files; the hardware's when absent")
-    parser.add_argument("--commit", help="of these sources, where they lie outside a checkout")
+    add_report_options(parser, Path("reports/training"))
     parser.add_argument("--plot", type=Path, metavar="JSON", help="write report and plot of an earlier run again")
     return parser
 

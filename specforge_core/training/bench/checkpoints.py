@@ -19,14 +19,15 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from specforge_core.arguments import add_report_options
 from specforge_core.artifacts import write_result
 from specforge_core.benchmark.tables import markdown_table
-from specforge_core.environment import environment, hardware_stem
+from specforge_core.environment import hardware_stem
 from specforge_core.facts import Environment, Record
 from specforge_core.manifest_sections import TrainingConfig
 from specforge_core.training.bench.batch import make_batch, make_draft, to_device
 from specforge_core.training.bench.lengths import Turn
-from specforge_core.training.bench.measure import release_memory
+from specforge_core.training.bench.measure import measured_environment, release_memory
 from specforge_core.training.bench.results import GIB, MILLISECONDS
 from specforge_core.training.bench.shapes import SHAPES
 from specforge_core.training.checkpoint import Checkpointer, TrainingState
@@ -109,7 +110,7 @@ def measured(
         newest = checkpointer.newest()
         assert newest is not None
         size_bytes = sum(path.stat().st_size for path in newest.iterdir())
-        load_ms = timed_ms(lambda: checkpointer.load(newest, key=KEY), workers)
+        load_ms = wall_ms(lambda: checkpointer.load(newest, key=KEY), workers)
     return CheckpointRow(
         shape=name, num_gpus=workers.world_size, size_bytes=size_bytes, saves=saves, load_s=load_ms / MILLISECONDS
     )
@@ -119,19 +120,19 @@ def measured_save(
     checkpointer: Checkpointer, number: int, step: Callable[[], object], workers: Workers, num_alone: int
 ) -> Save:
     """A checkpoint in the middle of training steps."""
-    alone_ms = tuple(timed_ms(step, workers) for _ in range(num_alone))
+    alone_ms = tuple(wall_ms(step, workers) for _ in range(num_alone))
     started_at = time.perf_counter()
     state = TrainingState(key=KEY, step=number, tokens_seen=0)
-    held_up_ms = timed_ms(lambda: checkpointer.save(state), workers)
+    held_up_ms = wall_ms(lambda: checkpointer.save(state), workers)
     beside_ms = []
     while _is_writing(checkpointer, workers):
-        beside_ms.append(timed_ms(step, workers))
+        beside_ms.append(wall_ms(step, workers))
     checkpointer.finish()
     whole_s = time.perf_counter() - started_at
     return Save(alone_ms=alone_ms, held_up_ms=held_up_ms, beside_ms=tuple(beside_ms), whole_s=whole_s)
 
 
-def timed_ms(call: Callable[[], object], workers: Workers) -> float:
+def wall_ms(call: Callable[[], object], workers: Workers) -> float:
     """Until all processes are done with it."""
     started_at = time.perf_counter()
     call()
@@ -203,10 +204,9 @@ def main() -> int:
         logging.basicConfig(
             level=logging.INFO if workers.is_first else logging.WARNING, format="%(asctime)s %(message)s"
         )
-        gpu = torch.cuda.get_device_name() if arguments.device == "cuda" else None
-        made_on = environment(num_threads=torch.get_num_threads(), gpu=gpu, more_versions=["triton"])
+        made_on = measured_environment(workers.device, arguments.commit)
         result = CheckpointBench(
-            environment=made_on.model_copy(update={"commit": arguments.commit or made_on.commit}),
+            environment=made_on,
             num_steps=arguments.ttt_steps,
             dtype=str(compute_dtype(workers.device)).removeprefix("torch."),
         )
@@ -235,9 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--directory", type=Path, help="for the checkpoints, on the disk to measure; /tmp when absent")
     parser.add_argument("--ttt-steps", type=int, default=7, help="steps of training-time test")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("reports/training"))
-    parser.add_argument("--name", help="of the files; the hardware's when absent")
-    parser.add_argument("--commit", help="of these sources, where they lie outside a checkout")
+    add_report_options(parser, Path("reports/training"))
     return parser
 
 

@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from specforge_core.training.bench.results import MILLISECONDS
 from specforge_core.training.parallel import ProcessPeers
 from specforge_core.training.sharding import Sharding
 from specforge_core.training.workers import Workers
@@ -30,7 +31,6 @@ EXCHANGES = (
     (ProcessPeers, "add_up_parts"),
 )
 """All that processes of a step say to each other, with the copies that it takes."""
-MILLISECONDS = 1e3
 
 
 class Times(NamedTuple):

@@ -28,7 +28,6 @@ from specforge_core.data.shards import load_index
 from specforge_core.demo.target_data import build_corpus, load_tokenizer
 from specforge_core.demo.train_target import Plan, Size, new_model
 from specforge_core.demo.train_target import train as train_target
-from specforge_core.environment import environment
 from specforge_core.facts import Conversations
 from specforge_core.manifest import Manifest, ManifestEntry
 from specforge_core.manifest_sections import FeatureDtype, TargetConfig
@@ -44,6 +43,7 @@ from specforge_core.training.bench.float8_results import (
     load_study,
     write_study,
 )
+from specforge_core.training.bench.measure import measured_environment
 from specforge_core.training.evaluate import Evaluation, evaluate
 from specforge_core.training.workers import join_workers
 
@@ -327,13 +327,10 @@ def _subject(name: str, origin: str, target: ResolvedTarget, entry: ManifestEntr
 def _run_without_drafts(
     subject: Subject, study: Study, conversations: Conversations, specs: dict[FeatureDtype, TrainSpec]
 ) -> StudyRun:
-    gpu = torch.cuda.get_device_name() if study.device == "cuda" else None
     training = subject.entry.training
     split = FeatureSet(specs["bfloat16"].hidden_states).split(training.eval_fraction)
     return StudyRun(
-        environment=environment(
-            num_threads=torch.get_num_threads(), gpu=gpu, more_versions=["triton"], named_commit=study.commit
-        ),
+        environment=measured_environment(torch.device(study.device), study.commit),
         target=subject.studied,
         conversations=conversations,
         num_held_out=len(split.eval),

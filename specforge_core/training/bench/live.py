@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 
+from specforge_core.arguments import add_report_options
 from specforge_core.artifacts import (
     LOG_NAME,
     METRICS_NAME,
@@ -31,6 +32,7 @@ from specforge_core.artifacts import (
     write_atomically,
     write_result,
 )
+from specforge_core.curves import whole_lines
 from specforge_core.data.loader import FeatureSet
 from specforge_core.data.shards import load_index, plan_shards
 from specforge_core.data.spool import Order, Production, SpoolReader, spool_folder
@@ -38,6 +40,7 @@ from specforge_core.demo.inflated import inflated_target
 from specforge_core.environment import environment, hardware_stem
 from specforge_core.facts import Environment, ServerRecord
 from specforge_core.gpus import list_gpus, visible_devices
+from specforge_core.launch import LOOPBACK, stage_command
 from specforge_core.manifest_sections import EngineConfig, FeatureDtype, TargetConfig
 from specforge_core.process import SupervisedProcess
 from specforge_core.scratch import MEMORY
@@ -178,7 +181,8 @@ def train(spec: TrainSpec, environ: Mapping[str, str], out: Path, window: Window
     spec_path = out / SPEC_NAME
     out.mkdir(parents=True)
     write_atomically(spec_path, spec.model_dump_json(indent=1) + "\n")
-    with SupervisedProcess("the training", _command(spec, spec_path, out), log=out / LOG_NAME, env=environ) as process:
+    command = stage_command(spec, spec_path, out)
+    with SupervisedProcess("the training", command, log=out / LOG_NAME, env=environ) as process:
         return window.cut(_reports(spec, out / METRICS_NAME, process))
 
 
@@ -203,20 +207,10 @@ def _lines(path: Path, process: SupervisedProcess) -> Iterator[dict[str, float]]
     while is_running:
         time.sleep(POLL_S)
         is_running = process.is_running
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        # Behind the last line's end there may be the beginning of the next one.
-        lines = text.split("\n")[:-1]
+        lines = whole_lines(path)
         yield from map(json.loads, lines[num_read:])
         num_read = len(lines)
     process.wait()
-
-
-def _command(spec: TrainSpec, spec_path: Path, out: Path) -> list[str]:
-    """As `tasks/stage.py` has it, on one host."""
-    meeting = ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file", "--rdzv-endpoint=", "--local-addr=127.0.0.1"]
-    launcher = ["-m", "torch.distributed.run", *meeting, f"--nproc-per-node={spec.num_processes}"]
-    stage = ["-m", "specforge_core", spec.stage, "--spec", str(spec_path), "--out", str(out)]
-    return [sys.executable, *(launcher if spec.num_processes > 1 else []), *stage]
 
 
 def rate_of(reports: Sequence[Report]) -> Rate:
@@ -264,7 +258,7 @@ def _child_environment(spec: TrainSpec, gpus: Sequence[str]) -> dict[str, str]:
     num_threads = 1 if spec.num_processes > 1 else max(1, (os.cpu_count() or 1) // 2)
     return {
         "OMP_NUM_THREADS": str(num_threads),
-        "GLOO_SOCKET_IFNAME": "lo",
+        **LOOPBACK,
         **os.environ,
         "CUDA_VISIBLE_DEVICES": ",".join(gpus),
     }
@@ -277,8 +271,12 @@ def _server(logs: Path) -> ServerRecord | None:
 
 def _environment(arguments: argparse.Namespace) -> Environment:
     gpu = next((gpu.name for gpu in list_gpus(None)), None) if arguments.num_gpus else None
-    made_on = environment(num_threads=torch.get_num_threads(), gpu=gpu, more_versions=["triton"] if gpu else [])
-    return made_on.model_copy(update={"commit": arguments.commit or made_on.commit})
+    return environment(
+        num_threads=torch.get_num_threads(),
+        gpu=gpu,
+        more_versions=["triton"] if gpu else [],
+        named_commit=arguments.commit,
+    )
 
 
 def _setup(arguments: argparse.Namespace, work: LiveWork) -> Setup:
@@ -327,9 +325,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=20.0, help="that each is measured")
     add("--warm-up", type=float, default=8.0, help="seconds before that, behind the start")
     add("--scratch", type=Path, default=MEMORY if MEMORY.is_dir() else None, help="for stored features")
-    add("--out", type=Path, default=Path("reports/training"))
-    add("--name", help="of the files; the hardware's when absent")
-    add("--commit", help="of these sources, where they lie outside a checkout")
+    add_report_options(parser, Path("reports/training"))
     return parser
 
 

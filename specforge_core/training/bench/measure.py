@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from specforge_core.drafts.base import DraftBatch
+from specforge_core.environment import environment
+from specforge_core.facts import Environment
 from specforge_core.training.bench.paths import TrainingPath
+from specforge_core.training.bench.results import MILLISECONDS
 
 MATMUL_WIDTH = 8192
 COPY_BYTES = 2**32
 CARD_REPEATS = 10
-MILLISECONDS = 1e3
 
 
 class Card(NamedTuple):
@@ -92,6 +94,14 @@ def size_bytes(tree: Any) -> int:
     """Bytes of all different tensors of a tree."""
     tensors = {id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def measured_environment(device: torch.device, named_commit: str | None) -> Environment:
+    """What this process measures training on. Args: named_commit: as of `environment`."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return environment(
+        num_threads=torch.get_num_threads(), gpu=gpu, more_versions=["triton"], named_commit=named_commit
+    )
 
 
 def release_memory() -> None:

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from specforge_core.arguments import add_report_options
 from specforge_core.artifacts import write_result
 from specforge_core.data.loader import deal, plan_epoch, plan_steps
 from specforge_core.drafts.base import DraftBatch
-from specforge_core.environment import environment, hardware_stem
+from specforge_core.environment import hardware_stem
 from specforge_core.manifest_sections import ParallelConfig, TrainingConfig
 from specforge_core.training.bench.batch import count_rows, make_batch, make_draft, to_device
 from specforge_core.training.bench.exchanges import timed
@@ -34,7 +35,7 @@ from specforge_core.training.bench.lengths import (
     count_tokens,
     draw_conversations,
 )
-from specforge_core.training.bench.measure import release_memory
+from specforge_core.training.bench.measure import measured_environment, release_memory
 from specforge_core.training.bench.several_results import FSDP2, OURS, SeveralBench, SeveralRow, markdown
 from specforge_core.training.bench.shapes import SHAPES, Shape, dense_flops, peak_flops, useful_flops
 from specforge_core.training.optim import build_optimizers
@@ -271,14 +272,13 @@ def main() -> int:
         logging.basicConfig(
             level=logging.INFO if workers.is_first else logging.WARNING, format="%(asctime)s %(message)s"
         )
-        gpu = torch.cuda.get_device_name() if arguments.device == "cuda" else None
-        made_on = environment(num_threads=torch.get_num_threads(), gpu=gpu, more_versions=["triton"])
+        made_on = measured_environment(workers.device, arguments.commit)
         result = SeveralBench(
-            environment=made_on.model_copy(update={"commit": arguments.commit or made_on.commit}),
+            environment=made_on,
             num_steps=arguments.ttt_steps,
             num_warm_ups=NUM_WARM_UPS,
             dtype=str(compute_dtype(workers.device)).removeprefix("torch."),
-            peak_flops=peak_flops(gpu),
+            peak_flops=peak_flops(made_on.gpu),
         )
         stem = arguments.name or hardware_stem(made_on) + STEM_SUFFIX
         cases = [case for name in arguments.cases for case in CASES[name]]
@@ -300,9 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ttt-steps", type=int, default=7, help="steps of training-time test")
     parser.add_argument("--steps", type=int, default=5, help="timed repeats at most; of long steps fewer, at least 2")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("reports/training"))
-    parser.add_argument("--name", help="of the files; the hardware's when absent")
-    parser.add_argument("--commit", help="of these sources, where they lie outside a checkout")
+    add_report_options(parser, Path("reports/training"))
     return parser
 
 
