@@ -1,6 +1,6 @@
-"""A training of four processes goes on from its checkpoint on two and on one, with the same losses; on GPUs as on CPUs.
+"""A training goes on from its checkpoint on fewer processes, with the same losses; on GPUs as on CPUs.
 
-On four GPUs: `pytest -m gpu tests/training/test_resume_gpus.py`.
+On two GPUs or four: `pytest -m gpu tests/training/test_resume_gpus.py`.
 """
 
 import functools
@@ -44,8 +44,8 @@ def losses(out: Path) -> list[float]:
     return [line["train/loss"] for line in curve(out)]
 
 
-def assert_goes_on(device: str, directory: Path) -> None:
-    """A training that stops on four processes, and goes on on two and on one, beside one that does not stop."""
+def assert_goes_on(device: str, directory: Path, begin_on: int, go_on_on: Sequence[int]) -> None:
+    """A training that stops on so many processes, and goes on on fewer, beside one that does not stop."""
     # Five micro-batches a step, which neither four nor two processes share evenly.
     spec = make_gpu_spec(directory, tokens_per_batch=240, evals_per_run=2, checkpoints_per_run=7)
     folders = {dtype: directory / str(dtype) for dtype in TOLERANCES}
@@ -63,24 +63,27 @@ def assert_goes_on(device: str, directory: Path) -> None:
 
     for folder in folders.values():
         folder.mkdir()
-    run(4, ("whole", None), ("stopped", STOP_AT))
-    for num_processes in (2, 1):
+    run(begin_on, ("whole", None), ("stopped", STOP_AT))
+    for num_processes in go_on_on:
         for folder in folders.values():
             shutil.copytree(folder / "stopped", folder / f"on {num_processes}")
         run(num_processes, (f"on {num_processes}", None))
     for dtype, folder in folders.items():
         whole = losses(folder / "whole")
         assert len(losses(folder / "stopped")) == STOP_AT < len(whole) - 2
-        for name in ("on 2", "on 1"):
-            assert losses(folder / name) == pytest.approx(whole, rel=TOLERANCES[dtype]), f"{name}, {dtype}"
+        for num_processes in go_on_on:
+            resumed = losses(folder / f"on {num_processes}")
+            assert resumed == pytest.approx(whole, rel=TOLERANCES[dtype]), f"on {num_processes}, {dtype}"
 
 
 @pytest.mark.slow
 def test_a_training_of_four_processes_goes_on_on_two_and_on_one(tmp_path: Path):
-    assert_goes_on("cpu", tmp_path)
+    assert_goes_on("cpu", tmp_path, 4, [2, 1])
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
-def test_a_training_on_four_gpus_goes_on_on_two_and_on_one(tmp_path: Path):
-    assert_goes_on("cuda", tmp_path)
+@pytest.mark.parametrize(("begin_on", "go_on_on"), [(4, [2, 1]), (2, [1])])
+def test_a_training_goes_on_on_fewer_gpus(tmp_path: Path, begin_on: int, go_on_on: list[int]):
+    if torch.cuda.device_count() < begin_on:
+        pytest.skip(f"needs {begin_on} GPUs")
+    assert_goes_on("cuda", tmp_path, begin_on, go_on_on)
