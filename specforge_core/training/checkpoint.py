@@ -77,8 +77,9 @@ class Checkpointer:
         """Args: optimizers: of `sharding`."""
         self.directory = directory
         self._sharding, self._optimizers = sharding, tuple(optimizers)
-        # Of its own, so that what the writers tell each other never meets the collective calls of the training.
-        self._group = dist.new_group(backend="gloo") if workers.world_size > 1 else None
+        # Of its own, so that what the writers tell each other never meets the collective calls of the training. DCP
+        # would take that of the training for one process too, which on GPUs has no backend for CPUs.
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         # Pinned memory is kept for the next checkpoint: to get gigabytes of it takes longer than to fill them.
         self._stager = BlockingAsyncStager(cache_staged_state_dict=workers.device.type == "cuda")
         self._writing: Future[Metadata] | None = None

@@ -3,6 +3,7 @@
 On several processes: `test_train.py`.
 """
 
+import functools
 import pickle
 import shutil
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.utils._pytree import tree_map_only
@@ -23,6 +25,7 @@ from specforge_core.training.step import train_step
 from specforge_core.training.workers import Workers
 from tests.drafts.synthetic import make_document, make_draft, pack
 from tests.pickle_bomb import PickleBomb, plant
+from tests.processes import on_processes
 from tests.training.factory import make_batch, make_gpu_draft
 
 CONFIG = TrainingConfig(optimizer="muon", learning_rate=1e-2)
@@ -69,6 +72,22 @@ def test_training_goes_on_bit_for_bit_with_both_optimizers(tmp_path: Path):
     assert other.checkpointer.load(tmp_path / "step-00000003", key="mine") == state(3, acceptance_length=1.5)
     assert other.take_steps(3) == expected
     assert expected[0] != expected[1]
+
+
+def save_and_load(directory: Path, rank: int) -> tuple[str, str]:
+    """What the default group of this process has backends for, and the key of a checkpoint that went round."""
+    trainee = Trainee(directory)
+    trainee.save(state(1))
+    assert dist.group.WORLD is not None
+    return str(dist.group.WORLD._device_types), trainee.checkpointer.load(directory / "step-00000001", key="mine").key
+
+
+def test_a_process_that_torchrun_started_alone_on_a_gpu_saves(tmp_path: Path):
+    # As `nccl` is: of no use to tensors of a CPU.
+    work = functools.partial(save_and_load, tmp_path / "checkpoints")
+    [(devices, key)] = on_processes(1, work, tmp_path, backend="cuda:gloo")
+    assert devices == "[device(type='cuda')]"
+    assert key == "mine"
 
 
 def test_a_pickle_in_the_place_of_the_metadata_does_not_run(tmp_path: Path):
