@@ -1,7 +1,8 @@
 """Holds predictions against measurements.
 
     python -m specforge_core.cost.check
-        each recorded row of training and serving, predicted from the rows of other shapes or other work
+        each recorded row of training and serving, predicted from the rows of other shapes or other work; and those
+        of several GPUs and of live features, from the rows of one GPU
     python -m specforge_core.cost.check --manifest M --store S --entry E --hardware h100
         the stages of a build, predicted from its number of tokens
     python -m specforge_core.cost.check --report reports/drafts/E.json --out reports/cost
@@ -26,6 +27,7 @@ from specforge_core.cost.entry import CostPlanner
 from specforge_core.cost.estimate import EntryCost
 from specforge_core.cost.rates import ADAMW_BYTES, Point, Rates, StepRun, fit_line, load_rates
 from specforge_core.cost.recorded import ALLOWED_ERROR, MIN_CHECKED_S, recorded_build, write_recorded
+from specforge_core.cost.scaling import compared
 from specforge_core.cost.units import duration, quantity
 from specforge_core.ledger import last_artifact
 from specforge_core.manifest import Manifest, ManifestEntry
@@ -134,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
         (entry,) = named_entries(manifest, [arguments.entry])
         checks = build_checks(entry, planner.cost(entry), store)
     else:
-        checks = recorded_checks(load_rates(arguments.reports))
+        rates = load_rates(arguments.reports)
+        checks = [*recorded_checks(rates), *(Check(*one, milliseconds) for one in compared(rates, arguments.reports))]
     table = Table("what", "predicted", "measured", "off by")
     for check in checks:
         error = f"{check.error:+.0%}" if check.is_close else f"[red]{check.error:+.0%}[/red]"

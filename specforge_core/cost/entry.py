@@ -97,8 +97,8 @@ def assumptions(job: Job) -> tuple[str, ...]:
     ]
     if job.server.hardware != job.rates.hardware:
         lines.append(
-            f"{job.server.hardware.name}: nothing was measured on it; scaled from {job.rates.hardware.name} by the "
-            "data sheets' FLOP/s and bytes/s"
+            f"{job.server.hardware.name}: by the rates of {job.rates.hardware.name}, scaled by the data sheets' FLOP/s "
+            "and bytes/s"
         )
     if job.server.model.expert_width:
         lines.append("experts: read and multiplied at the rates of a dense target, which is what was measured")

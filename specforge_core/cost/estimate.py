@@ -23,7 +23,7 @@ from specforge_core.cost.rates import ADAMW_BYTES, fit_line
 from specforge_core.cost.serving import Answer
 from specforge_core.cost.units import duration, quantity
 from specforge_core.facts import Record
-from specforge_core.training.bench.shapes import useful_flops
+from specforge_core.training.bench.shapes import attention_flops, useful_flops
 
 CONVERSATION_BYTES_PER_TOKEN = 10
 """Its text, its id in 32 bits and the mask, in Parquet: an upper bound."""
@@ -33,6 +33,9 @@ MAP_BYTES = 8
 """Of a target token, in the two maps of the vocabulary: an upper bound."""
 FORWARD_SHARE = 1 / 3
 """Of a forward and backward pass."""
+ATTENTION_COST = 1.7
+"""So much longer than others takes a FLOP of training's attention: its kernel reaches 353 TFLOP/s on an H100, a whole
+pass over short documents 616. By passes over documents of 32,768 to 131,072 tokens on an H200 it is 1.70 to 1.73."""
 STAGE_START_S = 20.0
 """Of a stage beside its servers and its work: imports, the tokenizer, buffers, and hashing what it leaves. 16 s of
 training, 20 to 28 s of what serves in the build of `demo-8b` on an H100."""
@@ -188,13 +191,25 @@ def reading_s(job: Job, num_gpus: int) -> float:
 def training_s(job: Job, num_gpus: int) -> float:
     """Seconds in which so many GPUs train all epochs, and evaluate, if nothing keeps them waiting."""
     training = job.entry.training
-    pass_s = _pass_s(job)
-    per_step = max(1, training.tokens_per_batch // training.tokens_per_micro_batch)
-    num_steps = _training_tokens(job) / (per_step * training.tokens_per_micro_batch)
-    num_replicas = max(1, num_gpus // training.parallel.gpus_per_replica)
-    step_s = math.ceil(per_step / num_replicas) * pass_s + _optimizer_s(job) + _reduction_s(job, num_gpus)
+    num_steps = _training_tokens(job) / (_micro_batches(job) * training.tokens_per_micro_batch)
     eval_tokens = training.evals_per_run * training.eval_fraction * job.scale * job.counts.num_tokens
-    return num_steps * step_s + FORWARD_SHARE * pass_s * eval_tokens / training.tokens_per_micro_batch / num_replicas
+    eval_passes = eval_tokens / training.tokens_per_micro_batch / _num_replicas(job, num_gpus)
+    return num_steps * step_s(job, num_gpus) + FORWARD_SHARE * _pass_s(job) * eval_passes
+
+
+def step_s(job: Job, num_gpus: int) -> float:
+    """Seconds of one optimizer step on so many GPUs."""
+    passes = math.ceil(_micro_batches(job) / _num_replicas(job, num_gpus))
+    return passes * _pass_s(job) + _optimizer_s(job) + _reduction_s(job, num_gpus)
+
+
+def _micro_batches(job: Job) -> int:
+    """Of a step."""
+    return max(1, job.entry.training.tokens_per_batch // job.entry.training.tokens_per_micro_batch)
+
+
+def _num_replicas(job: Job, num_gpus: int) -> int:
+    return max(1, num_gpus // job.entry.training.parallel.gpus_per_replica)
 
 
 def best_serve_gpus(job: Job) -> int | None:
@@ -282,9 +297,9 @@ def _pass_s(job: Job) -> float:
     points = job.rates.passes
     if job.entry.training.float8_matmuls and job.rates.float8_passes:
         points = job.rates.float8_passes
-    flops_per_token = useful_flops(job.draft, job.counts) / job.counts.num_tokens
+    flops = useful_flops(job.draft, job.counts) + (ATTENTION_COST - 1) * attention_flops(job.draft, job.counts)
     speed = job.server.hardware.bf16_flops / job.rates.hardware.bf16_flops
-    flops = flops_per_token * job.entry.training.tokens_per_micro_batch
+    flops *= job.entry.training.tokens_per_micro_batch / job.counts.num_tokens
     return fit_line(points).seconds(flops / job.entry.training.parallel.gpus_per_replica, speed)
 
 

@@ -332,12 +332,17 @@ def served_slots(serving: ServingRates) -> int:
 def served_model(serving: ServingRates) -> TargetModel:
     """The target that was served: an enlarged demo names its sizes, any other one is among those that ship."""
     name = serving.target.partition(",")[0]
-    sizes = re.findall(r"(hidden_size|num_\w+|intermediate_size|head_dim|vocab_size) ([\d,]+)", serving.note or "")
-    config: dict[str, Any] = {key: int(value.replace(",", "")) for key, value in sizes}
+    config = noted_config(serving.note)
     if not config:
         configs = hub_facts()["configs"]
         config = next((values for hub_id, values in configs.items() if hub_id.rpartition("/")[2] == name), {})
     return target_model(config, TargetConfig(model=name))
+
+
+def noted_config(note: str | None) -> dict[str, Any]:
+    """The sizes that the note on an enlarged demo names; none of another target."""
+    sizes = re.findall(r"(hidden_size|num_\w+|intermediate_size|head_dim|vocab_size) ([\d,]+)", note or "")
+    return {key: int(value.replace(",", "")) for key, value in sizes}
 
 
 def _gpu(measured: TrainingBench | ServingRates) -> Hardware:

@@ -98,9 +98,12 @@ def useful_flops(shape: Shape, counts: RowCounts) -> float:
     by_row = heads_width + kv_width + heads_width + 3 * shape.intermediate_size + shape.draft_vocab_size
     rows = FORWARD_AND_BACKWARD * width * (total * by_row + (tokens - first) * kv_width)
     teacher = FORWARD_ONLY * counts.num_teachers * width * shape.draft_vocab_size
-    # Two products forward, four backward, each of 2 FLOPs for each query head, key and channel.
-    attention = 12 * heads_width * counts.num_keys
-    return float(fc + embedding_half + rows + teacher + attention)
+    return float(fc + embedding_half + rows + teacher + attention_flops(shape, counts))
+
+
+def attention_flops(shape: Shape, counts: RowCounts) -> float:
+    """Those of attention: two products forward, four backward, 2 FLOPs for each query head, key and channel."""
+    return 12.0 * shape.num_heads * shape.head_dim * counts.num_keys
 
 
 def peak_flops(gpu: str | None) -> float | None:

@@ -1,0 +1,140 @@
+"""Recorded trainings on several GPUs, and on live features, beside what the plan says of them. Torch-free.
+
+The plan's rates are of one GPU and short documents; nothing of these is among them.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from specforge_core.cost.configs import ConfigReader
+from specforge_core.cost.draft_model import add_counts, count_conversation
+from specforge_core.cost.estimate import reading_s, step_s
+from specforge_core.cost.hardware import find_hardware
+from specforge_core.cost.job import Job, make_job
+from specforge_core.cost.rates import Rates, noted_config
+from specforge_core.manifest import ManifestEntry
+from specforge_core.training.bench.lengths import Conversation, draw_conversations
+from specforge_core.training.bench.live_results import LiveBench
+from specforge_core.training.bench.results import MILLISECONDS
+from specforge_core.training.bench.several_results import OURS, SeveralBench, SeveralRow
+from specforge_core.training.bench.shapes import SHAPES
+
+TOKENS = 1_000_000
+"""Of which the seconds of live features are said."""
+UNKNOWN = "recorded"
+"""Target and data set of an entry that stands for a recorded run."""
+ANY_LAYERS = 8
+"""Of a target that nothing is asked about but its widths."""
+
+
+class Compared(NamedTuple):
+    """One prediction."""
+
+    what: str
+    predicted_s: float
+    measured_s: float
+
+
+def compared(rates: Rates, reports: Path) -> Iterator[Compared]:
+    """All rows of all such reports under `reports/training`, of GPUs that a plan can count for."""
+    for path in sorted((reports / "training").glob("*.json")):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if "serve_alone" in values:
+            yield from live_compared(rates, LiveBench.model_validate(values))
+        elif any("dp" in row for row in values.get("rows", ())):
+            yield from several_compared(rates, SeveralBench.model_validate(values))
+
+
+def several_compared(rates: Rates, bench: SeveralBench) -> Iterator[Compared]:
+    """Steps on several GPUs; what only one did is what others are held against there."""
+    for row in bench.rows:
+        if row.path == OURS and row.num_gpus > 1 and bench.environment.gpu:
+            job = _several_job(rates, row, bench.num_steps, bench.environment.gpu)
+            documents = "real lengths" if row.lengths == "real" else f"{row.document_tokens:,} tokens a document"
+            what = f"{row.shape}, dp {row.dp} x cp {row.cp} x tp {row.tp}, {documents}, {row.share:.0%} in answers"
+            yield Compared(what, row.steps * step_s(job, row.num_gpus), median(row.ms) / MILLISECONDS)
+
+
+def live_compared(rates: Rates, bench: LiveBench) -> Iterator[Compared]:
+    """Serving alone, training alone, and both, for a million tokens; documents of one length alone."""
+    setup, gpu = bench.setup, bench.environment.gpu
+    found = re.search(r"([\d,]+) tokens each", setup.documents)
+    if gpu is None or found is None or not (bench.serve_alone and bench.train_alone and bench.live):
+        return
+    length = int(found.group(1).replace(",", ""))
+    config = noted_config(setup.note)
+    conversations = draw_conversations(
+        "uniform", setup.supervised_share, num_tokens=length, max_tokens=length, document_tokens=length, seed=0
+    )
+    job = _job(
+        rates, config, conversations, gpu,
+        tokens_per_batch=setup.tokens_per_batch,
+        tokens_per_micro_batch=setup.tokens_per_micro_batch,
+        parallel={"cp": setup.cp},
+        num_steps=setup.num_steps,
+        tensor_parallel=setup.tensor_parallel,
+    )  # fmt: skip
+    served_s = TOKENS / job.documents.num_tokens * reading_s(job, setup.serve_gpus)
+    trained_s = TOKENS / setup.tokens_per_batch * step_s(job, setup.train_gpus)
+    what = f"{bench.setup.target.partition(',')[0]}, {setup.supervised_share:.0%} in answers"
+    yield Compared(f"serving alone, {what}", served_s, TOKENS / bench.serve_alone.tokens_per_s)
+    yield Compared(f"training alone, {what}", trained_s, TOKENS / bench.train_alone.tokens_per_s)
+    yield Compared(f"live features, {what}", max(served_s, trained_s), TOKENS / bench.live.sustained.tokens_per_s)
+
+
+def _several_job(rates: Rates, row: SeveralRow, num_steps: int, gpu: str) -> Job:
+    of_all = row.micro_batches * (1 if row.lengths == "real" else row.dp)
+    tokens_per_micro_batch = round(row.num_tokens / (of_all * row.steps))
+    conversations = draw_conversations(
+        row.lengths,
+        row.share,
+        num_tokens=row.num_tokens,
+        max_tokens=tokens_per_micro_batch,
+        document_tokens=row.document_tokens,
+        seed=0,
+    )
+    return _job(
+        rates, SHAPES[row.shape].target_config() | {"num_hidden_layers": ANY_LAYERS}, conversations, gpu,
+        tokens_per_batch=of_all * tokens_per_micro_batch,
+        tokens_per_micro_batch=tokens_per_micro_batch,
+        parallel={"cp": row.cp, "tp": row.tp},
+        num_steps=num_steps,
+        tensor_parallel=1,
+    )  # fmt: skip
+
+
+def _job(
+    rates: Rates,
+    config: dict[str, Any],
+    conversations: list[Conversation],
+    gpu: str,
+    *,
+    num_steps: int,
+    tensor_parallel: int,
+    **training: Any,
+) -> Job:
+    """Of an entry with those conversations, one of each."""
+    entry = ManifestEntry.model_validate(
+        {
+            "name": UNKNOWN,
+            "target": {"model": UNKNOWN},
+            "data": {"sources": [{"dataset": UNKNOWN, "limit": len(conversations)}]},
+            "draft": {"num_steps": num_steps},
+            "training": training,
+            "engine": {"tensor_parallel": tensor_parallel},
+            # As many as both sides' groups divide; how many there are, the estimates are told.
+            "resources": {"num_gpus": tensor_parallel * math.prod(training["parallel"].values())},
+            "benchmark": {"suites": [{"name": UNKNOWN, "source": {"dataset": "none"}}]},
+        }
+    )
+    reader = ConfigReader(Path(), recorded={UNKNOWN: config})
+    job = make_job(entry, configs=reader, store=None, rates=rates, hardware=find_hardware(gpu))
+    return job._replace(
+        documents=job.documents._replace(sample=tuple(conversations)),
+        counts=add_counts(count_conversation(conversation, num_steps) for conversation in conversations),
+    )
