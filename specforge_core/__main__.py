@@ -16,6 +16,7 @@ from pathlib import Path
 from specforge_core.artifacts import RECORD_NAME, seal
 from specforge_core.facts import Record
 from specforge_core.gpus import cpu_name, list_gpus
+from specforge_core.launch import THREADS_VARIABLE, num_threads
 from specforge_core.stages import SPECS, USER_ERROR_STATUS, StageSpec
 
 # Each module has `main(spec, out) -> facts`, and may have `known_sha256(out)`: of files that it hashed when it wrote
@@ -53,10 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     if (args.out / RECORD_NAME).exists():
         raise SystemExit(f"{args.out} holds a finished artifact already; name another --out or delete it")
-    # OpenMP's threads wait for each other by spinning. With one on every core, a single core that something else uses
-    # holds all of them up: on a shared 4-core machine decoding ran at 498 tokens/s with two threads and at 73 with
-    # four. Read when torch is imported.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
+    # Read when torch is imported.
+    os.environ.setdefault(THREADS_VARIABLE, str(num_threads()))
     started_at = time.monotonic()
     try:
         facts = stage_main(args.stage, args.out)(spec, args.out)

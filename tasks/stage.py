@@ -21,7 +21,7 @@ from prefect.states import Completed
 from specforge_core.artifacts import LOG_NAME, METRICS_NAME, SPEC_NAME, Artifact, Store, write_atomically
 from specforge_core.facts import Record
 from specforge_core.gpus import NO_DEVICES, Lease, lease_devices
-from specforge_core.launch import LOOPBACK, NODES_VARIABLE, spans_nodes, stage_command
+from specforge_core.launch import NODES_VARIABLE, stage_command, stage_environment
 from specforge_core.ledger import record_stage
 from specforge_core.manifest_publish import Destination
 from specforge_core.manifest_sections import Config
@@ -149,11 +149,7 @@ def _build(spec: StageSpec, key: str, build: EntryBuild, store: Store, mirror: M
                 f"stage {spec.stage}",
                 command,
                 log=log,
-                env={
-                    **({} if spans_nodes() else LOOPBACK),
-                    **os.environ,
-                    "CUDA_VISIBLE_DEVICES": ",".join(lease.devices) if spec.device == "cuda" else "",
-                },
+                env=stage_environment(spec, lease.devices if spec.device == "cuda" else ()),
                 on_line=on_line,
                 hold_fds=(lock_fd, *lease.fds),
             ) as process,

@@ -1,5 +1,6 @@
 """From a spec to a stored artifact, through real child processes."""
 
+import os
 import sys
 import threading
 import time
@@ -10,7 +11,7 @@ import pytest
 
 from specforge_core.artifacts import LOG_NAME, SPEC_NAME
 from specforge_core.gpus import lease_devices
-from specforge_core.launch import stage_command
+from specforge_core.launch import stage_command, stage_environment
 from specforge_core.ledger import load_entry_record
 from specforge_core.process import ProcessError, children_end_on_error
 from tasks import stage as stage_module
@@ -229,6 +230,18 @@ def test_several_nodes_meet_under_the_key_of_what_they_build(tmp_path: Path, mon
         *("-m", "torch.distributed.run", "--rdzv-backend=c10d", f"--rdzv-id={spec.key()}", "--nproc-per-node=1"),
     ]
     assert "torch.distributed.run" not in stage_command(EchoSpec(text="hello"), tmp_path / "spec.json", tmp_path)
+
+
+def test_the_processes_of_a_stage_have_half_of_the_cores_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    def threads(num_processes: int) -> str:
+        return stage_environment(WideSpec(text="hello", num_processes=num_processes), ())["OMP_NUM_THREADS"]
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert stage_environment(EchoSpec(text="hello"), ())["OMP_NUM_THREADS"] == "32"
+    assert [threads(1), threads(4), threads(48)] == ["32", "8", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads(4) == "3"
 
 
 def test_an_error_names_the_exception_that_torchrun_found_first() -> None:

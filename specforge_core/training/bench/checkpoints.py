@@ -1,7 +1,7 @@
 """What checkpoints cost a training: how long one holds it up, and how much slower steps are while it is written.
 
     python -m specforge_core.training.bench.checkpoints
-    torchrun --standalone --nproc-per-node=2 -m specforge_core.training.bench.checkpoints --shapes llama-3.3-70b
+    torchrun --standalone --nproc-per-node=gpu -m specforge_core.training.bench.checkpoints --shapes llama-3.3-70b
 
 Whole training steps on a batch in the GPU's memory, and `Checkpointer` as a training uses it.
 """

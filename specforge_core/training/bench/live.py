@@ -12,7 +12,6 @@ in steady state; what is done is in the report at once.
 import argparse
 import json
 import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -40,7 +39,7 @@ from specforge_core.demo.inflated import inflated_target
 from specforge_core.environment import environment, hardware_stem
 from specforge_core.facts import Environment, ServerRecord
 from specforge_core.gpus import list_gpus, visible_devices
-from specforge_core.launch import LOOPBACK, stage_command
+from specforge_core.launch import stage_command, stage_environment
 from specforge_core.manifest_sections import EngineConfig, FeatureDtype, TargetConfig
 from specforge_core.process import SupervisedProcess
 from specforge_core.scratch import MEMORY
@@ -122,7 +121,8 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> LiveBench:
     stem = arguments.name or hardware_stem(result.environment) + STEM_SUFFIX
     logs = arguments.out / f"{stem}-logs"
     shutil.rmtree(logs, ignore_errors=True)
-    environ = _child_environment(spec, gpus)
+    # Of the trainings, and through them of their producer; so that the producer alone has the same.
+    environ = stage_environment(spec, gpus)
 
     def note(**found: Any) -> None:
         nonlocal result
@@ -250,18 +250,6 @@ def _gpus(arguments: argparse.Namespace) -> tuple[str, ...]:
             "needs one, or both are 0"
         )
     return visible[:num_gpus]
-
-
-def _child_environment(spec: TrainSpec, gpus: Sequence[str]) -> dict[str, str]:
-    """Of the trainings, and through them of their producer; so that the producer alone has the same."""
-    # As torchrun does for several processes, and a stage that is one.
-    num_threads = 1 if spec.num_processes > 1 else max(1, (os.cpu_count() or 1) // 2)
-    return {
-        "OMP_NUM_THREADS": str(num_threads),
-        **LOOPBACK,
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": ",".join(gpus),
-    }
 
 
 def _server(logs: Path) -> ServerRecord | None:

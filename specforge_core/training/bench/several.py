@@ -1,7 +1,7 @@
 """Whole training steps on several GPUs against the same steps on one of them, in one run, and what bounds them.
 
-    torchrun --standalone --nproc-per-node=4 -m specforge_core.training.bench.several     about eight minutes
-    torchrun --standalone --nproc-per-node=4 -m specforge_core.training.bench.several --cases dp long
+    torchrun --standalone --nproc-per-node=gpu -m specforge_core.training.bench.several     six minutes on two H200
+    torchrun --standalone --nproc-per-node=gpu -m specforge_core.training.bench.several --cases dp long
 
 A step is `train_step` with gradient reduction, norm, clipping and fused AdamW, on batches in the GPU's memory. One GPU
 is the first of them while the others wait. Every row that is done is in the report at once.
