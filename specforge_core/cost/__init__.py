@@ -4,5 +4,6 @@
 of the draft and its training; `conversations` says what is assumed about the data; `rates` reads `reports/`, `hardware`
 has the data sheets; `serving` and `estimate` put them together by stage, `fit` says what will not work and what to
 change, `entry`, `table` and `command` make it one answer, `check` holds it against measured runs, `recorded`
-against a build that left a report, and `scaling` against trainings on several GPUs and on live features.
+against a build that left a report, `scaling` against trainings on several GPUs and on live features; a prediction
+beside a measurement is a `comparison`.
 """

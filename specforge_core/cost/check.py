@@ -14,45 +14,25 @@ The status is 1 if one of them is further off than allowed.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from specforge_core.artifacts import Store
+from specforge_core.cost.comparison import Check, milliseconds, seconds, size
 from specforge_core.cost.entry import CostPlanner
 from specforge_core.cost.estimate import EntryCost
 from specforge_core.cost.rates import ADAMW_BYTES, Point, Rates, StepRun, fit_line, load_rates
-from specforge_core.cost.recorded import ALLOWED_ERROR, MIN_CHECKED_S, recorded_build, write_recorded
-from specforge_core.cost.scaling import compared
-from specforge_core.cost.units import duration, quantity
+from specforge_core.cost.recorded import MIN_CHECKED_S, recorded_build, write_recorded
+from specforge_core.cost.scaling import scaling_checks
 from specforge_core.ledger import last_artifact
 from specforge_core.manifest import Manifest, ManifestEntry
 from specforge_core.selection import named_entries
 
 REPORTS = Path(__file__).parents[2] / "reports"
-
-
-class Check(NamedTuple):
-    """One prediction."""
-
-    what: str
-    predicted: float
-    measured: float
-    show: Callable[[float], str] = duration
-
-    @property
-    def error(self) -> float:
-        """As a share of what was measured."""
-        return self.predicted / self.measured - 1
-
-    @property
-    def is_close(self) -> bool:
-        """Whether it is as near as promised."""
-        return abs(self.error) <= ALLOWED_ERROR
 
 
 def recorded_checks(rates: Rates) -> list[Check]:
@@ -68,7 +48,7 @@ def recorded_checks(rates: Rates) -> list[Check]:
     return [
         *checks,
         *map(partial(_step_check, rates), rates.step_runs),
-        *(check._replace(show=lambda size: f"{quantity(size)}B") for check in memory),
+        *(check._replace(show=size) for check in memory),
     ]
 
 
@@ -90,16 +70,6 @@ def _step_check(rates: Rates, run: StepRun) -> Check:
     return Check(f"training, {run.name}", predicted, run.seconds, milliseconds)
 
 
-def milliseconds(seconds: float) -> str:
-    """For what is about a second or shorter."""
-    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
-def seconds(number: float) -> str:
-    """For stages, of which minutes would hide the error."""
-    return f"{number:,.0f} s"
-
-
 def build_checks(entry: ManifestEntry, cost: EntryCost, store: Store) -> list[Check]:
     """Time and bytes of the entry's artifacts; stages that took less than a minute are left out.
 
@@ -114,7 +84,7 @@ def build_checks(entry: ManifestEntry, cost: EntryCost, store: Store) -> list[Ch
         if artifact.elapsed_s >= MIN_CHECKED_S and stage.wall_s:
             checks.append(Check(stage.stage, stage.wall_s, artifact.elapsed_s, seconds))
         if stage.stage == "capture":
-            checks.append(Check("capture, bytes", stage.disk_bytes, measured_bytes, lambda size: f"{quantity(size)}B"))
+            checks.append(Check("capture, bytes", stage.disk_bytes, measured_bytes, size))
     if not checks:
         raise ValueError(f"{store.root} has no artifacts of {entry.name} to hold its cost against")
     return checks
@@ -137,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         checks = build_checks(entry, planner.cost(entry), store)
     else:
         rates = load_rates(arguments.reports)
-        checks = [*recorded_checks(rates), *(Check(*one, milliseconds) for one in compared(rates, arguments.reports))]
+        checks = [*recorded_checks(rates), *scaling_checks(rates, arguments.reports)]
     table = Table("what", "predicted", "measured", "off by")
     for check in checks:
         error = f"{check.error:+.0%}" if check.is_close else f"[red]{check.error:+.0%}[/red]"

@@ -64,6 +64,11 @@ def num_parameters(shape: Shape) -> int:
     return sum(rows * columns for rows, columns in layer_matrices(shape)) + shape.width * shape.draft_vocab_size
 
 
+def num_split_parameters(shape: Shape) -> int:
+    """Of them, those that tensor parallelism splits: the layer's."""
+    return sum(rows * columns for rows, columns in layer_matrices(shape)[1:])
+
+
 def num_muon_parameters(shape: Shape, training: TrainingConfig) -> int:
     """Of them, those that Muon trains; the others are AdamW's."""
     return sum(rows * columns for rows, columns in layer_matrices(shape)) if training.optimizer == "muon" else 0
@@ -78,9 +83,10 @@ def muon_flops(shape: Shape) -> float:
     return NEWTON_SCHULZ_STEPS * sum(4.0 * m**2 * n + 2 * m**3 for m, n in sizes)
 
 
-def optimizer_bytes(shape: Shape, training: TrainingConfig) -> int:
-    """Of the optimizers' state."""
-    return MOMENT_BYTES * (2 * num_parameters(shape) - num_muon_parameters(shape, training))
+def optimizer_bytes(shape: Shape, training: TrainingConfig, num_gpus: int = 1) -> float:
+    """Of the optimizers' state on each of so many GPUs, which share that of AdamW."""
+    by_muon = num_muon_parameters(shape, training)
+    return MOMENT_BYTES * (2 * (num_parameters(shape) - by_muon) / num_gpus + by_muon)
 
 
 def frozen_bytes(shape: Shape) -> int:
@@ -88,7 +94,7 @@ def frozen_bytes(shape: Shape) -> int:
     return COMPUTE_BYTES * shape.width * (shape.vocab_size + shape.draft_vocab_size)
 
 
-def checkpoint_bytes(shape: Shape, training: TrainingConfig) -> int:
+def checkpoint_bytes(shape: Shape, training: TrainingConfig) -> float:
     """Of one checkpoint: float32 weights and the optimizers' state."""
     return MASTER_BYTES * num_parameters(shape) + optimizer_bytes(shape, training)
 

@@ -15,11 +15,12 @@ from specforge_core.cost.draft_model import (
     muon_flops,
     num_muon_parameters,
     num_parameters,
+    num_split_parameters,
     optimizer_bytes,
 )
 from specforge_core.cost.hardware import GPUS_PER_HOST, NETWORK_BYTES_PER_S
 from specforge_core.cost.job import Job
-from specforge_core.cost.rates import ADAMW_BYTES, fit_line
+from specforge_core.cost.rates import ADAMW_BYTES, TOKEN_BYTES, fit_line
 from specforge_core.cost.serving import Answer
 from specforge_core.cost.units import duration, quantity
 from specforge_core.facts import Record
@@ -175,7 +176,9 @@ def train_cost(job: Job) -> StageCost:
         num_gpus=job.num_gpus,
         wall_s=max(trained_s, fed_s) + start_s,
         start_s=start_s,
-        peak_bytes_per_gpu=max(train_bytes_per_gpu(job), job.served_bytes_per_gpu if job.is_live else 0.0),
+        peak_bytes_per_gpu=max(
+            train_bytes_per_gpu(job, job.entry.num_training_gpus), job.served_bytes_per_gpu if job.is_live else 0.0
+        ),
         limit=limit,
     )
 
@@ -224,15 +227,18 @@ def best_serve_gpus(job: Job) -> int | None:
     )
 
 
-def train_bytes_per_gpu(job: Job) -> float:
-    """Of a replica: weights, gradients, moments, the target's tables, a micro-batch, and activations as measured."""
-    parameters = num_parameters(job.draft)
-    inputs = feature_bytes(job.draft.width, "bfloat16", 1, job.num_teaching / job.counts.num_tokens)
+def train_bytes_per_gpu(job: Job, num_gpus: int) -> float:
+    """Of each GPU that trains: weights and gradients, of which tp splits the layer's; moments, which are in shards; the
+    target's tables; a micro-batch, whole whatever cp is; and activations as measured.
+    """
+    draft, training = job.draft, job.entry.training
+    parameters = num_parameters(draft) - (1 - 1 / training.parallel.tp) * num_split_parameters(draft)
+    inputs = feature_bytes(draft.width, "bfloat16", 1, job.num_teaching / job.counts.num_tokens)
     return (
         2 * MASTER_BYTES * parameters
-        + optimizer_bytes(job.draft, job.entry.training)
-        + frozen_bytes(job.draft)
-        + inputs * job.entry.training.tokens_per_micro_batch
+        + optimizer_bytes(draft, training, num_gpus)
+        + frozen_bytes(draft)
+        + (inputs + TOKEN_BYTES * draft.width) * training.tokens_per_micro_batch
         + fit_line(job.rates.activation_bytes).seconds(parameters)
     )
 

@@ -23,10 +23,15 @@ from specforge_core.cost.target_model import TargetModel, target_model
 from specforge_core.facts import BenchmarkResult
 from specforge_core.manifest_sections import TargetConfig
 from specforge_core.training.bench.results import MILLISECONDS, Row, StepRow, TrainingBench
+from specforge_core.training.bench.shapes import SHAPES
 
 OURS, OURS_FLOAT8 = "ours", "ours-float8"
 GRADIENT_BYTES = 4
 """Of each weight, in float32."""
+TOKEN_BYTES = 24
+"""For each token of a micro-batch and feature of the draft's width, beside what is read from the disk: the fused hidden
+state, the halves that embeddings give, keys and values of step 0, and gradients of these. An H200 took 25, by 8,192 and
+131,072 tokens of the 8B shape."""
 ADAMW_BYTES = 28
 """Read and written for each weight: float32 weight, gradient and two moments in, all but the gradient out."""
 SERVED_KEYS = 128
@@ -102,7 +107,7 @@ class Rates(NamedTuple):
     matmul_flops: float
     """FLOP/s of a large matrix product."""
     activation_bytes: tuple[Point, ...]
-    """Trained weights; bytes (not seconds) of a pass beside weights, gradients and inputs."""
+    """Trained weights; bytes (not seconds) of a pass beside weights, gradients, inputs and `TOKEN_BYTES`."""
     captures: tuple[Point, ...]
     """FLOPs of a request; its seconds on one GPU. The work is unknown where the target is."""
     answers: tuple[Point, ...]
@@ -198,6 +203,7 @@ def pass_point(row: Row) -> Point:
 def activation_point(row: Row) -> Point:
     """Memory beside what is counted, by trained weights."""
     counted = (row.weight_bytes or 0) + (row.gradient_bytes or 0) + (row.input_bytes or 0)
+    counted += TOKEN_BYTES * SHAPES[row.shape].width * row.num_tokens
     return Point((row.gradient_bytes or 0) / GRADIENT_BYTES, (row.peak_bytes or 0) - counted, row.shape, counted)
 
 

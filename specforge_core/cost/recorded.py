@@ -6,6 +6,7 @@ from typing import Any
 
 from specforge_core.artifacts import write_atomically
 from specforge_core.benchmark.tables import markdown_table
+from specforge_core.cost.comparison import ALLOWED_ERROR
 from specforge_core.cost.configs import ConfigReader
 from specforge_core.cost.entry import gpu_cost
 from specforge_core.cost.hardware import find_hardware
@@ -14,7 +15,6 @@ from specforge_core.cost.rates import load_rates
 from specforge_core.facts import Conversations, Record
 from specforge_core.manifest import ManifestEntry
 
-ALLOWED_ERROR = 0.25
 MIN_CHECKED_S = 60.0
 """Shorter stages are mostly start-up."""
 

@@ -9,11 +9,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
+from specforge_core.cost.comparison import Check, milliseconds, size
 from specforge_core.cost.configs import ConfigReader
 from specforge_core.cost.draft_model import add_counts, count_conversation
-from specforge_core.cost.estimate import reading_s, step_s
+from specforge_core.cost.estimate import reading_s, step_s, train_bytes_per_gpu
 from specforge_core.cost.hardware import find_hardware
 from specforge_core.cost.job import Job, make_job
 from specforge_core.cost.rates import Rates, noted_config
@@ -32,35 +33,31 @@ ANY_LAYERS = 8
 """Of a target that nothing is asked about but its widths."""
 
 
-class Compared(NamedTuple):
-    """One prediction."""
-
-    what: str
-    predicted_s: float
-    measured_s: float
-
-
-def compared(rates: Rates, reports: Path) -> Iterator[Compared]:
-    """All rows of all such reports under `reports/training`, of GPUs that a plan can count for."""
+def scaling_checks(rates: Rates, reports: Path) -> Iterator[Check]:
+    """All rows of all such reports under `reports/training`."""
     for path in sorted((reports / "training").glob("*.json")):
         values = json.loads(path.read_text(encoding="utf-8"))
         if "serve_alone" in values:
-            yield from live_compared(rates, LiveBench.model_validate(values))
+            yield from live_checks(rates, LiveBench.model_validate(values))
         elif any("dp" in row for row in values.get("rows", ())):
-            yield from several_compared(rates, SeveralBench.model_validate(values))
+            yield from several_checks(rates, SeveralBench.model_validate(values))
 
 
-def several_compared(rates: Rates, bench: SeveralBench) -> Iterator[Compared]:
-    """Steps on several GPUs; what only one did is what others are held against there."""
+def several_checks(rates: Rates, bench: SeveralBench) -> Iterator[Check]:
+    """Steps on several GPUs, and their memory."""
     for row in bench.rows:
         if row.path == OURS and row.num_gpus > 1 and bench.environment.gpu:
             job = _several_job(rates, row, bench.num_steps, bench.environment.gpu)
             documents = "real lengths" if row.lengths == "real" else f"{row.document_tokens:,} tokens a document"
             what = f"{row.shape}, dp {row.dp} x cp {row.cp} x tp {row.tp}, {documents}, {row.share:.0%} in answers"
-            yield Compared(what, row.steps * step_s(job, row.num_gpus), median(row.ms) / MILLISECONDS)
+            measured_s = median(row.ms) / MILLISECONDS
+            yield Check(what, row.steps * step_s(job, row.num_gpus), measured_s, milliseconds)
+            # Of several micro-batches the measurement holds all at once.
+            if row.peak_bytes and row.steps * row.micro_batches == 1:
+                yield Check(f"memory of {what}", train_bytes_per_gpu(job, row.num_gpus), row.peak_bytes, size)
 
 
-def live_compared(rates: Rates, bench: LiveBench) -> Iterator[Compared]:
+def live_checks(rates: Rates, bench: LiveBench) -> Iterator[Check]:
     """Serving alone, training alone, and both, for a million tokens; documents of one length alone."""
     setup, gpu = bench.setup, bench.environment.gpu
     found = re.search(r"([\d,]+) tokens each", setup.documents)
@@ -82,9 +79,12 @@ def live_compared(rates: Rates, bench: LiveBench) -> Iterator[Compared]:
     served_s = TOKENS / job.documents.num_tokens * reading_s(job, setup.serve_gpus)
     trained_s = TOKENS / setup.tokens_per_batch * step_s(job, setup.train_gpus)
     what = f"{bench.setup.target.partition(',')[0]}, {setup.supervised_share:.0%} in answers"
-    yield Compared(f"serving alone, {what}", served_s, TOKENS / bench.serve_alone.tokens_per_s)
-    yield Compared(f"training alone, {what}", trained_s, TOKENS / bench.train_alone.tokens_per_s)
-    yield Compared(f"live features, {what}", max(served_s, trained_s), TOKENS / bench.live.sustained.tokens_per_s)
+    for name, predicted_s, rate in (
+        ("serving alone", served_s, bench.serve_alone),
+        ("training alone", trained_s, bench.train_alone),
+        ("live features", max(served_s, trained_s), bench.live.sustained),
+    ):
+        yield Check(f"{name}, {what}", predicted_s, TOKENS / rate.tokens_per_s, milliseconds)
 
 
 def _several_job(rates: Rates, row: SeveralRow, num_steps: int, gpu: str) -> Job:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -123,8 +124,25 @@ def test_training_memory_is_that_of_the_recorded_rows_and_the_optimizers(job_of:
     cost = train_cost(job_of(entry_of()))
     weights_gradients_moments = 16 * 424_673_280
     tables = 2 * 4096 * (128_256 + 32_000)
-    inputs = 8192 * (24 * 1024 + 5 + 2 / 3 * (8 * 1024 + 8))
-    assert cost.peak_bytes_per_gpu == pytest.approx(weights_gradients_moments + tables + inputs + 6 * 424_673_280 + 2e9)
+    micro_batch = 8192 * (24 * 1024 + 5 + 2 / 3 * (8 * 1024 + 8) + 24 * 4096)
+    activations = 6 * 424_673_280 + 2e9
+    assert cost.peak_bytes_per_gpu == pytest.approx(weights_gradients_moments + tables + micro_batch + activations)
+
+
+def test_gpus_share_moments_and_with_tp_the_layer(job_of: JobOf) -> None:
+    def needed(num_gpus: int, **training: Any) -> float:
+        entry = entry_of(resources={"num_gpus": num_gpus}, training=training)
+        return train_cost(job_of(entry)).peak_bytes_per_gpu
+
+    one = needed(1)
+    assert one - needed(4) == pytest.approx(8 * 424_673_280 * 3 / 4)
+    assert needed(4, parallel={"cp": 2}) == needed(4)
+    # Without `fc` and the head; with weight and gradient go the 6 bytes of activations.
+    layer = 424_673_280 - 3 * 4096**2 - 4096 * 32_000
+    assert needed(4) - needed(4, parallel={"tp": 2}) == pytest.approx((8 + 6) * layer / 2)
+    # Only the head's are AdamW's.
+    by_muon = needed(1, optimizer="muon") - needed(4, optimizer="muon")
+    assert by_muon == pytest.approx(8 * 4096 * 32_000 * 3 / 4)
 
 
 def test_more_gpus_share_the_micro_batches_of_a_step(job_of: JobOf) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from specforge_core.cost.check import ALLOWED_ERROR, held_out, recorded_checks
+from specforge_core.cost.check import held_out, recorded_checks
+from specforge_core.cost.comparison import ALLOWED_ERROR
 from specforge_core.cost.configs import hub_facts
 from specforge_core.cost.hardware import find_hardware
 from specforge_core.cost.rates import Line, Point, Rates, fit_line, load_rates, mean_running, sweep_points

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from specforge_core.cost import check
+from specforge_core.cost.comparison import ALLOWED_ERROR
 from specforge_core.cost.recorded import RecordedBuild, markdown, recorded_build, recorded_job
 
 REPORTS = Path(__file__).parents[2] / "reports"
@@ -22,7 +23,7 @@ def test_each_stage_of_the_recorded_build_took_what_the_plan_says_within_a_quart
     checked = {stage.stage: stage for stage in recorded_build(report, REPORTS).stages if stage.is_checked}
     # Those of a minute and more; its target and its store are not here.
     assert list(checked) == ["regenerate", "capture", "train", "benchmark"]
-    assert {name: stage.error for name, stage in checked.items() if abs(stage.error) > check.ALLOWED_ERROR} == {}
+    assert {name: stage.error for name, stage in checked.items() if abs(stage.error) > ALLOWED_ERROR} == {}
     # Of rates that others measured alone, regeneration follows as well.
     assert checked["regenerate"].predicted_by_others_s == pytest.approx(checked["regenerate"].measured_s, rel=0.25)
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from specforge_core.cost.check import main
+from specforge_core.cost.comparison import ALLOWED_ERROR
 from specforge_core.cost.rates import Rates, load_rates
-from specforge_core.cost.scaling import compared
+from specforge_core.cost.scaling import scaling_checks
 from tests.cost.test_rates import REPORTS
 
 
@@ -18,7 +19,8 @@ def rates() -> Rates:
 
 def test_trainings_on_two_h200_follow_from_one_h100_within_a_tenth(rates: Rates) -> None:
     assert rates.hardware.name == "h100"
-    errors = {one.what: one.predicted_s / one.measured_s - 1 for one in compared(rates, REPORTS)}
+    checks = scaling_checks(rates, REPORTS)
+    errors = {check.what: check.error for check in checks if not check.what.startswith("memory of ")}
     meshes = {what.partition(", ")[2].rsplit(", ", 2)[0] for what in errors if "dp " in what}
     assert meshes == {"dp 2 x cp 1 x tp 1", "dp 1 x cp 2 x tp 1", "dp 1 x cp 1 x tp 2"}
     assert sum("131,072 tokens a document" in what for what in errors) == 1
@@ -27,8 +29,18 @@ def test_trainings_on_two_h200_follow_from_one_h100_within_a_tenth(rates: Rates)
     assert {what: error for what, error in errors.items() if abs(error) > 0.1} == {}
 
 
+def test_so_does_their_memory_within_a_quarter(rates: Rates) -> None:
+    checks = scaling_checks(rates, REPORTS)
+    errors = {check.what: check.error for check in checks if check.what.startswith("memory of ")}
+    assert {what for what, error in errors.items() if abs(error) > ALLOWED_ERROR} == set()
+    # All rows supervised. With few, less is kept of each token.
+    assert {what for what, error in errors.items() if "100%" in what and abs(error) > 0.05} == set()
+    assert sum("tp 2" in what for what in errors) == 1
+    assert sum("131,072 tokens a document" in what for what in errors) == 1
+
+
 def test_live_features_take_as_long_as_the_slower_side(rates: Rates) -> None:
-    predicted = {one.what: one.predicted_s for one in compared(rates, REPORTS)}
+    predicted = {one.what: one.predicted for one in scaling_checks(rates, REPORTS)}
     for share, slower in (("50%", "serving alone"), ("100%", "training alone")):
         of_share = {what: seconds for what, seconds in predicted.items() if f" {share} in answers" in what}
         live = next(seconds for what, seconds in of_share.items() if what.startswith("live"))
