@@ -128,12 +128,12 @@ def load_rates(directory: Path, hardware: Hardware | None = None) -> Rates:
     """
     benches = [
         TrainingBench.model_validate(values)
-        for values in _json_files(directory / "training")
+        for values in json_files(directory / "training")
         if {"rows", "matmul_flops", "environment"} <= values.keys() and values["environment"]["gpu"]
     ]
     servings = [
         ServingRates.model_validate(values)
-        for values in _json_files(directory / "serving")
+        for values in json_files(directory / "serving")
         if "comparisons" in values and values["environment"]["gpu"]
     ]
     measured = find_measured(benches, servings, hardware)
@@ -168,7 +168,7 @@ def load_rates(directory: Path, hardware: Hardware | None = None) -> Rates:
                 for serving in servings
                 for p in serving_points(serving, "regenerate", partial(regenerated_point, prompt_rate))
             ),
-            *(p for values in _json_files(directory / "drafts") for p in sweep_points(values, measured, prompt_rate)),
+            *(p for values in json_files(directory / "drafts") for p in sweep_points(values, measured, prompt_rate)),
         ),
         step_runs=tuple(run for bench in benches for run in step_runs(bench)),
         read_bytes_per_s=max(map(_read_rate, steps)),
@@ -369,6 +369,7 @@ def _read_rate(step: StepRow) -> float:
     return step.stored_bytes * MILLISECONDS / sum(step.cold_step_ms)
 
 
-def _json_files(directory: Path) -> list[dict[str, Any]]:
+def json_files(directory: Path) -> list[dict[str, Any]]:
+    """What each of its JSON files holds, where that is an object."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("*.json"))]
     return [values for values in found if isinstance(values, dict)]

@@ -3,7 +3,6 @@
 The plan's rates are of one GPU and short documents; nothing of these is among them.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from specforge_core.cost.draft_model import add_counts, count_conversation
 from specforge_core.cost.estimate import reading_s, step_s, train_bytes_per_gpu
 from specforge_core.cost.hardware import find_hardware
 from specforge_core.cost.job import Job, make_job
-from specforge_core.cost.rates import Rates, noted_config
+from specforge_core.cost.rates import Rates, json_files, noted_config
 from specforge_core.manifest import ManifestEntry
 from specforge_core.training.bench.lengths import Conversation, draw_conversations
 from specforge_core.training.bench.live_results import LiveBench
@@ -35,8 +34,7 @@ ANY_LAYERS = 8
 
 def scaling_checks(rates: Rates, reports: Path) -> Iterator[Check]:
     """All rows of all such reports under `reports/training`."""
-    for path in sorted((reports / "training").glob("*.json")):
-        values = json.loads(path.read_text(encoding="utf-8"))
+    for values in json_files(reports / "training"):
         if "serve_alone" in values:
             yield from live_checks(rates, LiveBench.model_validate(values))
         elif any("dp" in row for row in values.get("rows", ())):
