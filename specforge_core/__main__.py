@@ -59,20 +59,21 @@ def main(argv: list[str] | None = None) -> int:
     started_at = time.monotonic()
     try:
         facts = stage_main(args.stage, args.out)(spec, args.out)
+        if is_first_rank:
+            with full_disk_refused(args.out):
+                seal(
+                    args.out,
+                    facts,
+                    stage=args.stage,
+                    key=key,
+                    inputs=inputs,
+                    elapsed_s=time.monotonic() - started_at,
+                    hardware=hardware_name(spec.device),
+                    known_sha256=getattr(sys.modules[MODULES[args.stage]], "known_sha256", no_files)(args.out),
+                )
     except ValueError:
         traceback.print_exc()
         return USER_ERROR_STATUS
-    if is_first_rank:
-        seal(
-            args.out,
-            facts,
-            stage=args.stage,
-            key=key,
-            inputs=inputs,
-            elapsed_s=time.monotonic() - started_at,
-            hardware=hardware_name(spec.device),
-            known_sha256=getattr(importlib.import_module(MODULES[args.stage]), "known_sha256", no_files)(args.out),
-        )
     return 0
 
 

@@ -57,6 +57,17 @@ def test_a_full_disk_is_told_last_with_its_way_out_and_not_tried_again(
     assert "--store" in last
 
 
+def test_a_disk_may_be_full_when_all_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def seal(*arguments: Any, **options: Any) -> None:
+        write_to_a_full_disk()
+
+    monkeypatch.setattr(stage_process, "seal", seal)
+    assert run(lambda: None, tmp_path, monkeypatch) == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("ValueError: a disk is full: ")
+
+
 def test_torchrun_is_told_of_a_full_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     assert run(save_to_a_full_disk, tmp_path, monkeypatch) == 2
