@@ -29,8 +29,8 @@ def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a manifest, entered, and no GPU."""
     make_factory(tmp_path, tiny_entry(), gpu_entry("big", 2))
     monkeypatch.chdir(tmp_path)
-    # A command sets what its environment lacks; here that must not outlive the test.
-    monkeypatch.setattr(os, "environ", os.environ.copy() | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("COLUMNS", "160")
     return tmp_path
 
 

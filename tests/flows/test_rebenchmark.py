@@ -2,7 +2,6 @@
 on a tiny real target and a local Hub."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -186,8 +185,8 @@ def test_a_run_measures_what_is_published_and_fails_loudly_for_a_champion_that_f
 def test_the_command_says_that_nothing_is_published_and_what_makes_a_draft(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A command sets what its environment lacks; here that must not outlive the test.
-    monkeypatch.setattr(os, "environ", os.environ.copy() | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("COLUMNS", "200")
     manifest = str(make_factory(tmp_path))
     assert cli.main(["--manifest", manifest, "rebenchmark"]) == 0
     printed = capsys.readouterr()

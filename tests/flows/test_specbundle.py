@@ -1,7 +1,6 @@
 """A whole build: states, artifacts, tracking, and entries that fail. Stages are fakes; Prefect and MLflow are real."""
 
 import asyncio
-import os
 import threading
 import time
 from pathlib import Path
@@ -174,8 +173,7 @@ def test_the_command_names_what_it_skips_on_one_line_and_says_where_to_look_with
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    # A command sets what its environment lacks; here that must not outlive the test.
-    monkeypatch.setattr(os, "environ", os.environ.copy() | {"CUDA_VISIBLE_DEVICES": ""})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(draft, "stages", StagesByEntry(artifacts, tiny={}))
     manifest, store = (
         make_factory(tmp_path, gpu_entry("big", 2), tiny_entry(), gpu_entry("huge", 8)),

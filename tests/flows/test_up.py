@@ -19,8 +19,6 @@ from tests.factory import make_factory
 
 @pytest.fixture
 def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    # A command sets what its environment lacks; here that must not outlive the test.
-    monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return make_factory(tmp_path)
 

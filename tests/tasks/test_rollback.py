@@ -1,6 +1,5 @@
 """What users load after a rollback is the older draft, whole, in the folder and on a Hub; with a real registry."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -194,12 +193,9 @@ def test_a_draft_that_is_no_longer_in_the_store_is_refused_before_anything_chang
     assert [version.status for version in registered("demo", store=factory.store).versions] == ["published"] * 2
 
 
-def test_the_command_says_what_it_did(
-    factory: Factory, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_says_what_it_did(factory: Factory, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     factory.publish(1)
     factory.publish(2)
-    monkeypatch.setattr(os, "environ", os.environ.copy())
     manifest = make_factory(tmp_path, tiny_entry("demo"))
     command = ["--manifest", str(manifest), "--store", str(factory.store), "rollback", "demo"]
     assert cli.main(command) == 0
