@@ -61,17 +61,21 @@ def layer_matrices(shape: Shape) -> tuple[tuple[int, int], ...]:
 
 def num_parameters(shape: Shape) -> int:
     """Trained weights, without the norms: those matrices, and the head."""
-    return sum(rows * columns for rows, columns in layer_matrices(shape)) + shape.width * shape.draft_vocab_size
+    return _num_weights(layer_matrices(shape)) + shape.width * shape.draft_vocab_size
 
 
 def num_split_parameters(shape: Shape) -> int:
-    """Of them, those that tensor parallelism splits: the layer's."""
-    return sum(rows * columns for rows, columns in layer_matrices(shape)[1:])
+    """Of them, those that tensor parallelism splits: the layer's, without `fc`."""
+    return _num_weights(layer_matrices(shape)[1:])
 
 
 def num_muon_parameters(shape: Shape, training: TrainingConfig) -> int:
     """Of them, those that Muon trains; the others are AdamW's."""
-    return sum(rows * columns for rows, columns in layer_matrices(shape)) if training.optimizer == "muon" else 0
+    return _num_weights(layer_matrices(shape)) if training.optimizer == "muon" else 0
+
+
+def _num_weights(matrices: Iterable[tuple[int, int]]) -> int:
+    return sum(rows * columns for rows, columns in matrices)
 
 
 def muon_flops(shape: Shape) -> float:

@@ -176,9 +176,7 @@ def train_cost(job: Job) -> StageCost:
         num_gpus=job.num_gpus,
         wall_s=max(trained_s, fed_s) + start_s,
         start_s=start_s,
-        peak_bytes_per_gpu=max(
-            train_bytes_per_gpu(job, job.entry.num_training_gpus), job.served_bytes_per_gpu if job.is_live else 0.0
-        ),
+        peak_bytes_per_gpu=max(train_bytes_per_gpu(job), job.served_bytes_per_gpu if job.is_live else 0.0),
         limit=limit,
     )
 
@@ -227,7 +225,7 @@ def best_serve_gpus(job: Job) -> int | None:
     )
 
 
-def train_bytes_per_gpu(job: Job, num_gpus: int) -> float:
+def train_bytes_per_gpu(job: Job) -> float:
     """Of each GPU that trains: weights and gradients, of which tp splits the layer's; moments, which are in shards; the
     target's tables; a micro-batch, whole whatever cp is; and activations as measured.
     """
@@ -236,7 +234,7 @@ def train_bytes_per_gpu(job: Job, num_gpus: int) -> float:
     inputs = feature_bytes(draft.width, "bfloat16", 1, job.num_teaching / job.counts.num_tokens)
     return (
         2 * MASTER_BYTES * parameters
-        + optimizer_bytes(draft, training, num_gpus)
+        + optimizer_bytes(draft, training, job.entry.num_training_gpus)
         + frozen_bytes(draft)
         + (inputs + TOKEN_BYTES * draft.width) * training.tokens_per_micro_batch
         + fit_line(job.rates.activation_bytes).seconds(parameters)

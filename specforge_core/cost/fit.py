@@ -170,7 +170,7 @@ def _draft_problems(job: Job) -> Iterator[str]:
 
 
 def _training_problems(job: Job) -> Iterator[str]:
-    needed, room = train_bytes_per_gpu(job, job.entry.num_training_gpus), job.server.hardware.memory_bytes
+    needed, room = train_bytes_per_gpu(job), job.server.hardware.memory_bytes
     if needed > room:
         yield (
             f"training needs {needed / GIB:,.0f} GiB of each GPU's {room / GIB:,.0f} GiB "

@@ -3,7 +3,6 @@
 The plan's rates are of one GPU and short documents; nothing of these is among them.
 """
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +51,7 @@ def several_checks(rates: Rates, bench: SeveralBench) -> Iterator[Check]:
             yield Check(what, row.steps * step_s(job, row.num_gpus), measured_s, milliseconds)
             # Of several micro-batches the measurement holds all at once.
             if row.peak_bytes and row.steps * row.micro_batches == 1:
-                yield Check(f"memory of {what}", train_bytes_per_gpu(job, row.num_gpus), row.peak_bytes, size)
+                yield Check(f"memory of {what}", train_bytes_per_gpu(job), row.peak_bytes, size)
 
 
 def live_checks(rates: Rates, bench: LiveBench) -> Iterator[Check]:
@@ -67,13 +66,20 @@ def live_checks(rates: Rates, bench: LiveBench) -> Iterator[Check]:
         "uniform", setup.supervised_share, num_tokens=length, max_tokens=length, document_tokens=length, seed=0
     )
     job = _job(
-        rates, config, conversations, gpu,
-        tokens_per_batch=setup.tokens_per_batch,
-        tokens_per_micro_batch=setup.tokens_per_micro_batch,
-        parallel={"cp": setup.cp},
-        num_steps=setup.num_steps,
-        tensor_parallel=setup.tensor_parallel,
-    )  # fmt: skip
+        rates,
+        config,
+        conversations,
+        gpu,
+        draft={"num_steps": setup.num_steps},
+        features={"mode": "live", "serve_gpus": setup.serve_gpus},
+        training={
+            "tokens_per_batch": setup.tokens_per_batch,
+            "tokens_per_micro_batch": setup.tokens_per_micro_batch,
+            "parallel": {"cp": setup.cp},
+        },
+        engine={"name": "sglang", "tensor_parallel": setup.tensor_parallel},
+        resources={"num_gpus": setup.serve_gpus + setup.train_gpus},
+    )
     served_s = TOKENS / job.documents.num_tokens * reading_s(job, setup.serve_gpus)
     trained_s = TOKENS / setup.tokens_per_batch * step_s(job, setup.train_gpus)
     what = f"{bench.setup.target.partition(',')[0]}, {setup.supervised_share:.0%} in answers"
@@ -97,42 +103,36 @@ def _several_job(rates: Rates, row: SeveralRow, num_steps: int, gpu: str) -> Job
         seed=0,
     )
     return _job(
-        rates, SHAPES[row.shape].target_config() | {"num_hidden_layers": ANY_LAYERS}, conversations, gpu,
-        tokens_per_batch=of_all * tokens_per_micro_batch,
-        tokens_per_micro_batch=tokens_per_micro_batch,
-        parallel={"cp": row.cp, "tp": row.tp},
-        num_steps=num_steps,
-        tensor_parallel=1,
-    )  # fmt: skip
+        rates,
+        SHAPES[row.shape].target_config() | {"num_hidden_layers": ANY_LAYERS},
+        conversations,
+        gpu,
+        draft={"num_steps": num_steps},
+        training={
+            "tokens_per_batch": of_all * tokens_per_micro_batch,
+            "tokens_per_micro_batch": tokens_per_micro_batch,
+            "parallel": {"cp": row.cp, "tp": row.tp},
+        },
+        resources={"num_gpus": row.num_gpus},
+    )
 
 
 def _job(
-    rates: Rates,
-    config: dict[str, Any],
-    conversations: list[Conversation],
-    gpu: str,
-    *,
-    num_steps: int,
-    tensor_parallel: int,
-    **training: Any,
+    rates: Rates, config: dict[str, Any], conversations: list[Conversation], gpu: str, **sections: dict[str, Any]
 ) -> Job:
-    """Of an entry with those conversations, one of each."""
+    """Of an entry with those conversations, one of each. Args: sections: of its manifest."""
     entry = ManifestEntry.model_validate(
         {
             "name": UNKNOWN,
             "target": {"model": UNKNOWN},
             "data": {"sources": [{"dataset": UNKNOWN, "limit": len(conversations)}]},
-            "draft": {"num_steps": num_steps},
-            "training": training,
-            "engine": {"tensor_parallel": tensor_parallel},
-            # As many as both sides' groups divide; how many there are, the estimates are told.
-            "resources": {"num_gpus": tensor_parallel * math.prod(training["parallel"].values())},
             "benchmark": {"suites": [{"name": UNKNOWN, "source": {"dataset": "none"}}]},
+            **sections,
         }
     )
     reader = ConfigReader(Path(), recorded={UNKNOWN: config})
     job = make_job(entry, configs=reader, store=None, rates=rates, hardware=find_hardware(gpu))
     return job._replace(
         documents=job.documents._replace(sample=tuple(conversations)),
-        counts=add_counts(count_conversation(conversation, num_steps) for conversation in conversations),
+        counts=add_counts(count_conversation(conversation, entry.draft.num_steps) for conversation in conversations),
     )

@@ -9,9 +9,10 @@ import pytest
 from specforge_core.cost.configs import ConfigReader, FoundConfig
 from specforge_core.cost.hardware import find_hardware
 from specforge_core.cost.job import Job, make_job
-from specforge_core.cost.rates import Point, Rates
+from specforge_core.cost.rates import Point, Rates, load_rates
 from specforge_core.manifest import ManifestEntry
 
+REPORTS = Path(__file__).parents[2] / "reports"
 RATES = Rates(
     hardware=find_hardware("h100"),
     # 500 TFLOP/s and 10 ms a pass.
@@ -30,6 +31,12 @@ RATES = Rates(
     write_bytes_per_s=1e12,
     source="made up",
 )
+
+
+@pytest.fixture(scope="session")
+def rates() -> Rates:
+    """Those that were measured."""
+    return load_rates(REPORTS)
 
 
 @pytest.fixture(autouse=True)

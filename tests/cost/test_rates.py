@@ -13,13 +13,7 @@ from specforge_core.cost.rates import Line, Point, Rates, fit_line, load_rates, 
 from specforge_core.cost.target_model import target_model
 from specforge_core.facts import SweepPoint
 from specforge_core.manifest_sections import ServingConfig, TargetConfig
-
-REPORTS = Path(__file__).parents[2] / "reports"
-
-
-@pytest.fixture(scope="module")
-def rates() -> Rates:
-    return load_rates(REPORTS)
+from tests.cost.conftest import REPORTS
 
 
 def test_a_line_is_found_again() -> None:

@@ -9,8 +9,7 @@ import pytest
 from specforge_core.cost import check
 from specforge_core.cost.comparison import ALLOWED_ERROR
 from specforge_core.cost.recorded import RecordedBuild, markdown, recorded_build, recorded_job
-
-REPORTS = Path(__file__).parents[2] / "reports"
+from tests.cost.conftest import REPORTS
 
 
 @pytest.fixture

@@ -7,14 +7,9 @@ import pytest
 
 from specforge_core.cost.check import main
 from specforge_core.cost.comparison import ALLOWED_ERROR
-from specforge_core.cost.rates import Rates, load_rates
+from specforge_core.cost.rates import Rates
 from specforge_core.cost.scaling import scaling_checks
-from tests.cost.test_rates import REPORTS
-
-
-@pytest.fixture(scope="module")
-def rates() -> Rates:
-    return load_rates(REPORTS)
+from tests.cost.conftest import REPORTS
 
 
 def test_trainings_on_two_h200_follow_from_one_h100_within_a_tenth(rates: Rates) -> None:

@@ -34,7 +34,7 @@ from specforge_core.training.checkpoint import Checkpointer, TrainingState
 from specforge_core.training.optim import build_optimizers
 from specforge_core.training.parallel import parallelize
 from specforge_core.training.step import train_step
-from specforge_core.training.workers import Workers, compute_dtype, join_workers
+from specforge_core.training.workers import Workers, join_workers
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ def main() -> int:
         result = CheckpointBench(
             environment=made_on,
             num_steps=arguments.ttt_steps,
-            dtype=str(compute_dtype(workers.device)).removeprefix("torch."),
+            dtype=str(workers.compute_dtype).removeprefix("torch."),
         )
         stem = arguments.name or hardware_stem(made_on) + STEM_SUFFIX
         for shape in arguments.shapes:

@@ -41,7 +41,7 @@ from specforge_core.training.bench.shapes import SHAPES, Shape, dense_flops, pea
 from specforge_core.training.optim import build_optimizers
 from specforge_core.training.parallel import parallelize
 from specforge_core.training.step import train_step
-from specforge_core.training.workers import Workers, compute_dtype, join_workers
+from specforge_core.training.workers import Workers, join_workers
 
 logger = logging.getLogger(__name__)
 
@@ -277,7 +277,7 @@ def main() -> int:
             environment=made_on,
             num_steps=arguments.ttt_steps,
             num_warm_ups=NUM_WARM_UPS,
-            dtype=str(compute_dtype(workers.device)).removeprefix("torch."),
+            dtype=str(workers.compute_dtype).removeprefix("torch."),
             peak_flops=peak_flops(made_on.gpu),
         )
         stem = arguments.name or hardware_stem(made_on) + STEM_SUFFIX
